@@ -1,0 +1,173 @@
+// y = scale_x[m] scale_w[n] (xq wq^T) + bias, with xq quantised here: per row, symmetric, to [-127, 127].
+//
+// A row's scale is max|x| / 127, and xq = round_even(x * (127 / max|x|)). A row with a NaN or an infinity gives NaN
+// outputs; one whose values are all below 2^-100 counts as zero. Sums are exact int32: 127 * 127 * k < 2^31 for
+// k <= 133,143. Bounds: m n k multiply-adds at the ISA's byte dot-product rate, n k bytes of weights at the
+// bandwidth of the memory level that holds them.
+//
+// Tiles of kRows x (kPanelsPerTile * 16) sums stay in registers over all of k. A task owns a tile's panels and walks
+// down the rows, so that its weights (at most 64 k bytes) stay in L2 while the rows stream by.
+
+namespace {
+
+constexpr int kVectorsPerPanel = kPanel / kLanes;
+constexpr int64_t kRowsPerPass = 1024;        // bounds the scratch memory
+constexpr int64_t kMinMacsForThreads = 1 << 18;  // about 10 us of one core; a fork and join take about 2
+constexpr int64_t kMinQuantiseForThreads = 1 << 14;
+constexpr float kSmallestRow = 0x1p-100f;
+
+inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Bytes between rows of the quantised activations: whole vectors, so that narrow() may write past k.
+inline int64_t quantised_stride(int64_t k) { return round_up(k, 64); }
+
+template <class T>
+void quantise_row(const T* x, int64_t k, int8_t* q, float* scale) {
+  I bits = izero();
+  int64_t i = 0;
+  for (; i + kLanes <= k; i += kLanes) bits = magnitude_max(bits, load(x + i));
+  if (i < k) bits = magnitude_max(bits, load_n(x + i, static_cast<int>(k - i), 0.0f));
+  int32_t top_bits = itop(bits);
+  float largest;
+  memcpy(&largest, &top_bits, 4);
+  bool finite = top_bits < 0x7f800000;
+  *scale = !finite ? __builtin_nanf("") : largest < kSmallestRow ? 0.0f : largest / 127.0f;
+  if (!finite || largest < kSmallestRow) {
+    memset(q, kOffset, static_cast<size_t>(quantised_stride(k)));
+    return;
+  }
+  F inverse = set1(127.0f / largest);
+  for (i = 0; i + kLanes <= k; i += kLanes) narrow(q + i, round_even(mul(load(x + i), inverse)));
+  if (i < k) {
+    narrow(q + i, round_even(mul(load_n(x + i, static_cast<int>(k - i), 0.0f), inverse)));
+    i += kLanes;
+  }
+  for (; i < round_up(k, 4); ++i) q[i] = 0;
+  if (kOffset != 0) {
+    for (i = 0; i < round_up(k, 4); ++i) q[i] = static_cast<int8_t>(q[i] ^ kOffset);
+  }
+}
+
+template <int R, int P>
+inline void sums(const int8_t* q, int64_t q_stride, const int8_t* w, int64_t w_stride, int64_t groups,
+                 I (&acc)[R][P * kVectorsPerPanel]) {
+  for (int p = 0; p < P; ++p) {
+    auto columns = reinterpret_cast<const int32_t*>(w + p * w_stride + groups * 4 * kPanel);
+    for (int v = 0; v < kVectorsPerPanel; ++v) {
+      for (int r = 0; r < R; ++r) acc[r][p * kVectorsPerPanel + v] = correct(iload(columns + v * kLanes));
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    Weights wv[P * kVectorsPerPanel];
+    for (int p = 0; p < P; ++p) {
+      for (int v = 0; v < kVectorsPerPanel; ++v) {
+        wv[p * kVectorsPerPanel + v] = weights(w + p * w_stride + (g * kPanel + v * kLanes) * 4);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      Quad x = quad(q + r * q_stride + g * 4);
+      for (int v = 0; v < P * kVectorsPerPanel; ++v) acc[r][v] = dot(acc[r][v], wv[v], x);
+    }
+  }
+}
+
+struct Pass {  // one pass over at most kRowsPerPass rows
+  const Int8Linear& a;
+  const int8_t* q;      // quantised rows
+  const float* x_scale;
+  int64_t first_row, rows;
+};
+
+// Multiplication and addition stay separate (and contraction is off), so that every ISA gives the same bits.
+template <class T, int R, int P>
+void tile(const Pass& s, int64_t row, int64_t panel) {
+  const Int8Linear& a = s.a;
+  I acc[R][P * kVectorsPerPanel];
+  sums<R, P>(s.q + row * quantised_stride(a.k), quantised_stride(a.k), a.weight + panel * panel_bytes(a.k),
+             panel_bytes(a.k), packed_groups(a.k), acc);
+  for (int v = 0; v < P * kVectorsPerPanel; ++v) {
+    int64_t column = panel * kPanel + v * kLanes;
+    int n = static_cast<int>(smaller(a.n - column, kLanes));
+    if (n <= 0) return;
+    F scale = load_n(a.scale + column, n, 0.0f);
+    F bias = set1(0.0f);
+    if (a.bias.data != nullptr) {
+      bias = a.bias.type == Type::f32 ? load_n(static_cast<const float*>(a.bias.data) + column, n, 0.0f)
+                                      : load_n(static_cast<const bf16*>(a.bias.data) + column, n, 0.0f);
+    }
+    for (int r = 0; r < R; ++r) {
+      F y = mul(to_float(acc[r][v]), mul(set1(s.x_scale[row + r]), scale));
+      if (a.bias.data != nullptr) y = add(y, bias);
+      T* out = static_cast<T*>(a.y.data) + (s.first_row + row + r) * a.n + column;
+      n == kLanes ? store(out, y) : store_n(out, y, n);
+    }
+  }
+}
+
+template <class T, int P, int R = kRows>
+void tile_rows(const Pass& s, int64_t row, int rows, int64_t panel) {
+  if constexpr (R > 0) {
+    if (rows == R) return tile<T, R, P>(s, row, panel);
+    tile_rows<T, P, R - 1>(s, row, rows, panel);
+  }
+}
+
+template <class T, int P = kPanelsPerTile>
+void tile_panels(const Pass& s, int64_t row, int rows, int64_t panel, int64_t panels) {
+  if constexpr (P > 0) {
+    if (panels >= P) return tile_rows<T, P>(s, row, rows, panel);
+    tile_panels<T, P - 1>(s, row, rows, panel, panels);
+  }
+}
+
+// Rows are cut into blocks that differ by at most one row: 8 rows are 4 + 4, not 6 + 2.
+inline int64_t block_start(int64_t block, int64_t blocks, int64_t rows) { return block * rows / blocks; }
+
+template <class T>
+void multiply(const Pass& s) {
+  const Int8Linear& a = s.a;
+  int64_t panels = packed_panels(a.n);
+  int64_t strips = (panels + kPanelsPerTile - 1) / kPanelsPerTile;
+  int64_t blocks = (s.rows + kRows - 1) / kRows;
+  int64_t wanted = 4 * max_threads();  // enough tasks for threads of uneven speed
+  int64_t cuts = smaller(blocks, strips >= wanted ? 1 : (wanted + strips - 1) / strips);
+  parallel_for(strips * cuts, s.rows * a.n * a.k >= kMinMacsForThreads, [&](int64_t task) {
+    int64_t panel = task / cuts * kPanelsPerTile;
+    int64_t cut = task % cuts;
+    for (int64_t b = block_start(cut, cuts, blocks); b < block_start(cut + 1, cuts, blocks); ++b) {
+      int64_t row = block_start(b, blocks, s.rows);
+      int rows = static_cast<int>(block_start(b + 1, blocks, s.rows) - row);
+      tile_panels<T>(s, row, rows, panel, panels - panel);
+    }
+  });
+}
+
+template <class T>
+void int8_linear_of(const Int8Linear& a) {
+  int64_t stride = quantised_stride(a.k);
+  auto scales = static_cast<float*>(a.scratch);
+  auto q = reinterpret_cast<int8_t*>(scales + kRowsPerPass);
+  for (int64_t first = 0; first < a.m; first += kRowsPerPass) {
+    int64_t rows = smaller(kRowsPerPass, a.m - first);
+    constexpr int64_t kGrain = 8;
+    parallel_for((rows + kGrain - 1) / kGrain, rows * a.k >= kMinQuantiseForThreads, [&](int64_t task) {
+      for (int64_t r = task * kGrain; r < smaller(rows, (task + 1) * kGrain); ++r) {
+        quantise_row(static_cast<const T*>(a.x.data) + (first + r) * a.k, a.k, q + r * stride, scales + r);
+      }
+    });
+    multiply<T>({a, q, scales, first, rows});
+  }
+}
+
+void int8_linear(const Int8Linear& a) {
+  if (a.m == 0 || a.n == 0) return;
+  a.x.type == Type::f32 ? int8_linear_of<float>(a) : int8_linear_of<bf16>(a);
+}
+
+size_t int8_linear_scratch(int64_t m, int64_t, int64_t k) {
+  int64_t rows = smaller(m, kRowsPerPass);
+  return static_cast<size_t>(kRowsPerPass * 4 + rows * quantised_stride(k) + 64);
+}
+
+}  // namespace

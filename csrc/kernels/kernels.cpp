@@ -1,0 +1,22 @@
+// Compiled once per ISA (CMakeLists.txt) into an object that exports one symbol: kernels_<isa>.
+// Everything else is in anonymous namespaces, so that no instruction of one ISA can leak into another's code.
+#define POTSTILL_STRING(x) #x
+#define POTSTILL_HEADER(isa) POTSTILL_STRING(simd/isa.h)
+#define POTSTILL_NAME(isa) POTSTILL_STRING(isa)
+#define POTSTILL_JOIN(a, b) a##b
+#define POTSTILL_SYMBOL(isa) POTSTILL_JOIN(kernels_, isa)
+
+#include POTSTILL_HEADER(POTSTILL_ISA)
+
+#include "../parallel.h"
+#include "table.h"
+
+#include "int8_linear.inl"
+#include "kd_loss.inl"
+#include "peak.inl"
+
+extern const Kernels POTSTILL_SYMBOL(POTSTILL_ISA);
+const Kernels POTSTILL_SYMBOL(POTSTILL_ISA) = {
+    POTSTILL_NAME(POTSTILL_ISA), int8_linear, int8_linear_scratch, kd_loss, kd_loss_scratch,
+    peak_int8, peak_f32, read_memory,
+};

@@ -1,0 +1,131 @@
+// The primitives for AVX2 + FMA. The list and their meaning: scalar.h.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../types.h"
+
+namespace {
+
+constexpr int kLanes = 8;
+constexpr int kOffset = 0;
+constexpr int kRows = 4;  // 4 rows x 2 vectors = 8 sums; |w|, w, x, 1 and a temporary fill the 16 registers
+constexpr int kPanelsPerTile = 1;
+
+struct F {
+  __m256 v;
+};
+struct I {
+  __m256i v;
+};
+
+inline __m256i first(int n) {  // all ones in the first n 32-bit lanes
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline F set1(float x) { return {_mm256_set1_ps(x)}; }
+inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline F load_n(const float* p, int n, float fill) {
+  __m256i m = first(n);
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m))};
+}
+inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+inline void store_n(float* p, F a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
+inline F widen(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
+inline F load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F load_n(const bf16* p, int n, float fill) {
+  if (n >= kLanes) return load(p);
+  bf16 t[kLanes] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), load(t).v, _mm256_castsi256_ps(first(n)))};
+}
+inline __m128i halve(F a) {  // to bf16, nearest even; a NaN stays a (quiet) NaN
+  __m256i b = _mm256_castps_si256(a.v);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(b, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i q = _mm256_or_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(0x40));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  r = _mm256_blendv_epi8(r, q, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+inline void store(bf16* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halve(a)); }
+inline void store_n(bf16* p, F a, int n) {
+  if (n >= kLanes) return store(p, a);
+  bf16 t[kLanes];
+  store(t, a);
+  for (int i = 0; i < n; ++i) p[i] = t[i];
+}
+inline F add(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F sub(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F mul(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F neg(F a) { return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))}; }
+inline F round_even(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F exp2i(F n) {
+  __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(e, 23))};
+}
+inline F less_select(F a, F b, F yes, F no) {
+  return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline float sum(F a) {
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
+}
+inline float top(F a) {
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_movehdup_ps(h)));
+}
+
+inline I izero() { return {_mm256_setzero_si256()}; }
+inline I iload(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline I magnitude_max(I acc, F a) {
+  __m256i bits = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff));
+  return {_mm256_max_epi32(acc.v, bits)};
+}
+inline int32_t itop(I a) {
+  __m128i h = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+  h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1));
+  return _mm_cvtsi128_si32(h);
+}
+inline I correct(I) { return izero(); }
+inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline void narrow(int8_t* p, F a) {
+  __m256i q = _mm256_cvtps_epi32(a.v);
+  __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(h, h));
+}
+
+// AVX2 multiplies unsigned by signed bytes, so the sign of w moves to x: w x = |w| (x sign w). A pair sums to
+// at most 2 * 127 * 127 = 32258 < 32768: vpmaddubsw never saturates.
+struct Weights {
+  __m256i magnitude, signs;
+};
+inline Weights weights(const int8_t* p) {
+  __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_abs_epi8(w), w};
+}
+struct Quad {
+  __m256i v;
+};
+inline Quad quad(const int8_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return {_mm256_set1_epi32(x)};
+}
+inline I dot(I acc, Weights w, Quad x) {
+  __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x.v, w.signs));
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+// Without the move of the sign: what a kernel pays that accepts 7-bit activations or saturation.
+inline I dot_floor(I acc, Weights w, Quad x) {
+  __m256i pairs = _mm256_maddubs_epi16(w.magnitude, x.v);
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+inline void opaque(Quad& x) { asm volatile("" : "+x"(x.v)); }
+
+}  // namespace

@@ -1,0 +1,100 @@
+// What AVX-512 (F, BW, DQ, VL) has with and without VNNI. The list of primitives and their meaning: scalar.h.
+#pragma once
+#ifdef POTSTILL_EMULATE  // the parity test runs these objects on machines without AVX-512
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#else
+#include <immintrin.h>
+#endif
+#include <stdint.h>
+#include <string.h>
+
+#include "../types.h"
+
+namespace {
+
+constexpr int kLanes = 16;
+
+struct F {
+  __m512 v;
+};
+struct I {
+  __m512i v;
+};
+
+inline __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
+inline F set1(float x) { return {_mm512_set1_ps(x)}; }
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F load_n(const float* p, int n, float fill) {
+  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p)};
+}
+inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline void store_n(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+inline F load(const bf16* p) {
+  __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline F load_n(const bf16* p, int n, float fill) {
+  if (n >= kLanes) return load(p);
+  bf16 t[kLanes] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), load(t).v)};
+}
+inline void store(bf16* p, F a) {  // nearest even; a NaN stays a (quiet) NaN
+  __m512i b = _mm512_castps_si512(a.v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __m512i q = _mm512_or_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(0x40));
+  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), q);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+inline void store_n(bf16* p, F a, int n) {
+  if (n >= kLanes) return store(p, a);
+  bf16 t[kLanes];
+  store(t, a);
+  for (int i = 0; i < n; ++i) p[i] = t[i];
+}
+inline F add(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F sub(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F mul(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F neg(F a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
+inline F round_even(F a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+inline F exp2i(F n) {
+  __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
+}
+inline F less_select(F a, F b, F yes, F no) {
+  return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), yes.v)};
+}
+inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
+inline float top(F a) { return _mm512_reduce_max_ps(a.v); }
+
+inline I izero() { return {_mm512_setzero_si512()}; }
+inline I iload(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline I magnitude_max(I acc, F a) {
+  __m512i bits = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));
+  return {_mm512_max_epi32(acc.v, bits)};
+}
+inline int32_t itop(I a) { return _mm512_reduce_max_epi32(a.v); }
+inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline void narrow(int8_t* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+struct Quad {
+  __m512i v;
+};
+inline Quad quad(const int8_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return {_mm512_set1_epi32(x)};
+}
+#ifdef POTSTILL_EMULATE
+inline void opaque(Quad& x) { asm volatile("" : "+m"(x)); }
+#else
+inline void opaque(Quad& x) { asm volatile("" : "+v"(x.v)); }
+#endif
+
+}  // namespace

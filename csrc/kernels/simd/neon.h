@@ -1,0 +1,108 @@
+// The primitives for AArch64 with the dot-product extension (ARMv8.2). Their list and meaning: scalar.h.
+#pragma once
+#include <arm_neon.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../types.h"
+
+namespace {
+
+constexpr int kLanes = 4;
+constexpr int kOffset = 0;
+constexpr int kRows = 4;  // 16 sums, 4 vectors of weights, 4 of activations: 24 of the 32 registers
+constexpr int kPanelsPerTile = 1;
+
+struct F {
+  float32x4_t v;
+};
+struct I {
+  int32x4_t v;
+};
+
+inline uint32x4_t first(int n) {
+  const int32_t lane[4] = {0, 1, 2, 3};
+  return vcltq_s32(vld1q_s32(lane), vdupq_n_s32(n));
+}
+inline F set1(float x) { return {vdupq_n_f32(x)}; }
+inline F load(const float* p) { return {vld1q_f32(p)}; }
+inline F load_n(const float* p, int n, float fill) {
+  float t[4] = {fill, fill, fill, fill};
+  for (int i = 0; i < n && i < 4; ++i) t[i] = p[i];
+  return load(t);
+}
+inline void store(float* p, F a) { vst1q_f32(p, a.v); }
+inline void store_n(float* p, F a, int n) {
+  float t[4];
+  store(t, a);
+  for (int i = 0; i < n && i < 4; ++i) p[i] = t[i];
+}
+inline F load(const bf16* p) {
+  uint16x4_t h = vld1_u16(reinterpret_cast<const uint16_t*>(p));
+  return {vreinterpretq_f32_u32(vshll_n_u16(h, 16))};
+}
+inline F load_n(const bf16* p, int n, float fill) {
+  bf16 t[4] = {};
+  for (int i = 0; i < n && i < 4; ++i) t[i] = p[i];
+  return {vbslq_f32(first(n), load(t).v, vdupq_n_f32(fill))};
+}
+inline void store(bf16* p, F a) {  // nearest even; a NaN stays a (quiet) NaN
+  uint32x4_t b = vreinterpretq_u32_f32(a.v);
+  uint32x4_t odd = vandq_u32(vshrq_n_u32(b, 16), vdupq_n_u32(1));
+  uint32x4_t r = vshrq_n_u32(vaddq_u32(b, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16);
+  uint32x4_t q = vorrq_u32(vshrq_n_u32(b, 16), vdupq_n_u32(0x40));
+  r = vbslq_u32(vceqq_f32(a.v, a.v), r, q);
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vmovn_u32(r));
+}
+inline void store_n(bf16* p, F a, int n) {
+  bf16 t[4];
+  store(t, a);
+  for (int i = 0; i < n && i < 4; ++i) p[i] = t[i];
+}
+inline F add(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
+inline F sub(F a, F b) { return {vsubq_f32(a.v, b.v)}; }
+inline F mul(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline F less_select(F a, F b, F yes, F no) { return {vbslq_f32(vcltq_f32(a.v, b.v), yes.v, no.v)}; }
+inline F max(F a, F b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+inline F neg(F a) { return {vnegq_f32(a.v)}; }
+inline F round_even(F a) { return {vrndnq_f32(a.v)}; }
+inline F exp2i(F n) {
+  int32x4_t e = vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127));
+  return {vreinterpretq_f32_s32(vshlq_n_s32(e, 23))};
+}
+inline float sum(F a) { return vaddvq_f32(a.v); }
+inline float top(F a) { return vmaxvq_f32(a.v); }
+
+inline I izero() { return {vdupq_n_s32(0)}; }
+inline I iload(const int32_t* p) { return {vld1q_s32(p)}; }
+inline I magnitude_max(I acc, F a) {
+  int32x4_t bits = vandq_s32(vreinterpretq_s32_f32(a.v), vdupq_n_s32(0x7fffffff));
+  return {vmaxq_s32(acc.v, bits)};
+}
+inline int32_t itop(I a) { return vmaxvq_s32(a.v); }
+inline I correct(I) { return izero(); }
+inline F to_float(I a) { return {vcvtq_f32_s32(a.v)}; }
+inline void narrow(int8_t* p, F a) {
+  int16x4_t h = vmovn_s32(vcvtnq_s32_f32(a.v));
+  int8x8_t b = vmovn_s16(vcombine_s16(h, h));
+  vst1_lane_s32(reinterpret_cast<int32_t*>(p), vreinterpret_s32_s8(b), 0);
+}
+
+struct Weights {
+  int8x16_t v;
+};
+inline Weights weights(const int8_t* p) { return {vld1q_s8(p)}; }
+struct Quad {
+  int8x16_t v;
+};
+inline Quad quad(const int8_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return {vreinterpretq_s8_s32(vdupq_n_s32(x))};
+}
+inline I dot(I acc, Weights w, Quad x) { return {vdotq_s32(acc.v, w.v, x.v)}; }
+inline I dot_floor(I acc, Weights w, Quad x) { return dot(acc, w, x); }
+inline void opaque(Quad& x) { asm volatile("" : "+w"(x.v)); }
+
+}  // namespace

@@ -1,0 +1,112 @@
+// The primitives in plain C++: the fallback of every machine, and the yardstick of the SIMD headers.
+//
+// Every header in this folder defines the same names:
+//   kLanes                     floats (and int32s) in one vector
+//   F, I                       vectors of kLanes floats / int32s
+//   load load_n store store_n  float and bf16 memory; *_n touch only the first n lanes, load_n fills the rest
+//   set1 zero add sub mul fma max neg round_even exp2i sum top
+//   to_float                   I -> F, rounded to nearest even
+//   magnitude_max              unsigned maximum of |x|'s bits: a NaN or inf wins over every finite number
+//   narrow                     F of integers in [-127, 127] -> kLanes bytes
+//   Weights weights dot        4-way dot product of signed bytes, exact for values in [-127, 127]
+//   dot_floor                  the fewest instructions of any 8-bit dot product of this ISA: what peak.inl measures
+//   opaque                     hides a value from the optimiser
+//   kOffset                    what dot() expects to have been added to the activations (0 or 128)
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "../types.h"
+
+namespace {
+
+constexpr int kLanes = 1;
+constexpr int kOffset = 0;
+constexpr int kRows = 2;        // rows and panels of the int8 micro-kernel's tile
+constexpr int kPanelsPerTile = 1;
+
+struct F {
+  float v;
+};
+struct I {
+  int32_t v;
+};
+
+inline F set1(float x) { return {x}; }
+inline F load(const float* p) { return {*p}; }
+inline F load_n(const float* p, int n, float fill) { return {n > 0 ? *p : fill}; }
+inline void store(float* p, F a) { *p = a.v; }
+inline void store_n(float* p, F a, int n) {
+  if (n > 0) *p = a.v;
+}
+inline F load(const bf16* p) {
+  uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
+  F r;
+  memcpy(&r.v, &bits, 4);
+  return r;
+}
+inline F load_n(const bf16* p, int n, float fill) { return n > 0 ? load(p) : F{fill}; }
+inline void store(bf16* p, F a) {
+  uint32_t bits;
+  memcpy(&bits, &a.v, 4);
+  bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  p->bits = static_cast<uint16_t>(nan ? (bits >> 16) | 0x40u : (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline void store_n(bf16* p, F a, int n) {
+  if (n > 0) store(p, a);
+}
+inline F add(F a, F b) { return {a.v + b.v}; }
+inline F sub(F a, F b) { return {a.v - b.v}; }
+inline F mul(F a, F b) { return {a.v * b.v}; }
+inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
+inline F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
+inline F neg(F a) { return {-a.v}; }
+inline F round_even(F a) { return {nearbyintf(a.v)}; }
+inline F exp2i(F n) {  // 2^n for integers n in [-126, 127]
+  uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v) + 127) << 23;
+  F r;
+  memcpy(&r.v, &bits, 4);
+  return r;
+}
+inline F less_select(F a, F b, F yes, F no) { return a.v < b.v ? yes : no; }
+inline float sum(F a) { return a.v; }
+inline float top(F a) { return a.v; }
+
+inline I izero() { return {0}; }
+inline I iload(const int32_t* p) { return {*p}; }
+inline I magnitude_max(I acc, F a) {
+  int32_t bits;
+  memcpy(&bits, &a.v, 4);
+  bits &= 0x7fffffff;
+  return {bits > acc.v ? bits : acc.v};
+}
+inline int32_t itop(I a) { return a.v; }
+inline I correct(I column_sums) { return {-kOffset * column_sums.v}; }
+inline F to_float(I a) { return {static_cast<float>(a.v)}; }
+inline void narrow(int8_t* p, F a) { *p = static_cast<int8_t>(a.v); }
+
+struct Weights {
+  int8_t w[4];
+};
+inline Weights weights(const int8_t* p) {
+  Weights r;
+  memcpy(r.w, p, 4);
+  return r;
+}
+struct Quad {
+  int8_t x[4];
+};
+inline Quad quad(const int8_t* p) {
+  Quad r;
+  memcpy(r.x, p, 4);
+  return r;
+}
+inline I dot(I acc, Weights w, Quad x) {
+  for (int i = 0; i < 4; ++i) acc.v += static_cast<int32_t>(w.w[i]) * x.x[i];
+  return acc;
+}
+inline I dot_floor(I acc, Weights w, Quad x) { return dot(acc, w, x); }
+inline void opaque(Quad& x) { asm volatile("" : "+m"(x)); }
+
+}  // namespace

@@ -1,0 +1,50 @@
+// The C++ list of ops: each ISA's object exports one such table.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "types.h"
+
+// Packed int8 weights, the same for every ISA: panels of 16 outputs; a panel is ceil(k/4) groups [16][4] of bytes
+// (the tail of k is zero), then 16 int32: the sums of its outputs' weights.
+constexpr int kPanel = 16;
+constexpr int64_t packed_groups(int64_t k) { return (k + 3) / 4; }
+constexpr int64_t packed_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
+constexpr int64_t panel_bytes(int64_t k) { return (packed_groups(k) + 1) * 4 * kPanel; }
+
+struct Int8Linear {
+  FloatPtr x;            // [m, k] row-major
+  FloatPtr y;            // [m, n] row-major, of x's type
+  const int8_t* weight;  // packed
+  const float* scale;    // [n]
+  FloatPtr bias;         // [n] or null
+  int64_t m, n, k;
+  void* scratch;         // int8_linear_scratch(m, n, k) bytes, 64-byte aligned
+};
+
+struct KdLoss {
+  FloatPtr student;        // [rows, v], rows `student_stride` apart
+  FloatPtr teacher;        // [rows, v]
+  FloatPtr grad;           // [rows, v] of the student's type, or null: no gradient wanted
+  const int64_t* target;   // [rows], or null: no hard labels (alpha is 1)
+  float* loss;             // [rows]
+  int64_t rows, v;
+  int64_t student_stride, teacher_stride;
+  float temperature, alpha, label_smoothing;
+  int64_t ignore_index;
+  float row_weight;        // factor of every row's gradient
+  void* scratch;           // kd_loss_scratch(rows, v) bytes, 64-byte aligned
+};
+
+struct Kernels {
+  const char* name;
+  void (*int8_linear)(const Int8Linear&);
+  size_t (*int8_linear_scratch)(int64_t m, int64_t n, int64_t k);
+  void (*kd_loss)(const KdLoss&);
+  size_t (*kd_loss_scratch)(int64_t rows, int64_t v);
+  // What the benches call the ceiling, register to register. Both return the operations done.
+  double (*peak_int8)(int64_t iterations);
+  double (*peak_f32)(int64_t iterations);
+  // Reads `bytes` (a multiple of 512) `repeats` times; returns something that depends on all of them.
+  int32_t (*read_memory)(const void* data, size_t bytes, int64_t repeats);
+};

@@ -1,0 +1,108 @@
+// The Python module potstill._C: one m.def per op. Private; called from potstill.ops only (see tensor.h).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dispatch.h"
+#include "memory.h"
+#include "parallel.h"
+#include "tensor.h"
+
+namespace {
+
+void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle bias, py::handle y) {
+  constexpr const char* kOp = "int8_linear";
+  TensorView xv(x, kOp, "x"), wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), yv(y, kOp, "y");
+  if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, in_features]");
+  int64_t m = xv.size(0), k = xv.size(1), n = sv.numel();
+  wv.contiguous().shape({packed_panels(n), packed_groups(k) + 1, 4 * kPanel});
+  sv.contiguous().shape({n});
+  yv.contiguous().shape({m, n});
+  FloatPtr b{nullptr, Type::f32};
+  if (!bias.is_none()) b = TensorView(bias, kOp, "bias").contiguous().shape({n}).floats();
+  Int8Linear a{xv.contiguous().floats(), yv.floats(), wv.i8(), sv.f32(), b, m, n, k, nullptr};
+  if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
+  py::gil_scoped_release nogil;
+  const Kernels& table = kernels();
+  a.scratch = scratch(table.int8_linear_scratch(m, n, k));
+  table.int8_linear(a);
+}
+
+void kd_loss(py::handle student, py::handle teacher, py::handle target, py::handle loss, py::handle grad,
+             float temperature, float alpha, float label_smoothing, int64_t ignore_index, float row_weight) {
+  constexpr const char* kOp = "kd_loss";
+  TensorView sv(student, kOp, "student"), tv(teacher, kOp, "teacher"), lv(loss, kOp, "loss");
+  if (sv.rank() != 2) sv.fail("has rank " + std::to_string(sv.rank()), "expected [rows, classes]");
+  int64_t rows = sv.size(0), v = sv.size(1);
+  tv.shape({rows, v});
+  for (const TensorView* t : {&sv, &tv}) {
+    if (v > 1 && t->stride(1) != 1) t->fail("has strided rows", "call .contiguous() on it");
+  }
+  KdLoss a{};
+  a.student = sv.floats();
+  a.teacher = tv.floats();
+  a.loss = lv.contiguous().shape({rows}).f32();
+  if (!target.is_none()) a.target = TensorView(target, kOp, "target").contiguous().shape({rows}).i64();
+  if (!grad.is_none()) {
+    TensorView gv(grad, kOp, "grad");
+    a.grad = gv.contiguous().shape({rows, v}).floats();
+    if (a.grad.type != a.student.type) gv.fail("has another dtype", "expected that of student");
+    prefer_huge_pages(a.grad.data, static_cast<size_t>(rows * v) * (a.grad.type == Type::f32 ? 4 : 2));
+  }
+  a.rows = rows;
+  a.v = v;
+  a.student_stride = sv.stride(0);
+  a.teacher_stride = tv.stride(0);
+  a.temperature = temperature;
+  a.alpha = alpha;
+  a.label_smoothing = label_smoothing;
+  a.ignore_index = ignore_index;
+  a.row_weight = row_weight;
+  py::gil_scoped_release nogil;
+  const Kernels& table = kernels();
+  a.scratch = scratch(table.kd_loss_scratch(rows, v));
+  table.kd_loss(a);
+}
+
+// Each of `threads` workers runs `f`; returns the operations of all.
+template <class F>
+double on_threads(int64_t threads, const F& f) {
+  py::gil_scoped_release nogil;
+  double one = 0;
+  parallel_for(threads, true, [&](int64_t i) {
+    double operations = f();
+    if (i == 0) one = operations;
+  });
+  return one * static_cast<double>(threads);
+}
+
+double peak_int8(int64_t iterations, int64_t threads) {
+  return on_threads(threads, [&] { return kernels().peak_int8(iterations); });
+}
+
+double peak_f32(int64_t iterations, int64_t threads) {
+  return on_threads(threads, [&] { return kernels().peak_f32(iterations); });
+}
+
+double read_memory(py::handle data, int64_t repeats, int64_t threads) {
+  TensorView v(data, "read_memory", "data");
+  const int8_t* p = v.contiguous().i8();
+  size_t bytes = static_cast<size_t>(v.numel() / threads / 512 * 512);
+  return on_threads(threads, [&] {
+    kernels().read_memory(p + static_cast<size_t>(thread_index()) * bytes, bytes, repeats);
+    return static_cast<double>(bytes) * static_cast<double>(repeats);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  kernels();  // an unknown POTSTILL_ISA fails the import, not the first call
+  m.def("isas", &supported_isas);
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("int8_linear", &int8_linear);
+  m.def("kd_loss", &kd_loss);
+  m.def("peak_int8", &peak_int8, py::arg("iterations"), py::arg("threads"));
+  m.def("peak_f32", &peak_f32, py::arg("iterations"), py::arg("threads"));
+  m.def("read_memory", &read_memory, py::arg("data"), py::arg("repeats"), py::arg("threads"));
+}

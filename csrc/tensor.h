@@ -1,0 +1,113 @@
+// Python object -> checked view of its memory. With module.cpp the only file that knows Python.
+//
+// Views are borrowed: valid while the argument is alive, so get them with the GIL held and keep the caller's
+// reference. They see raw memory: conj/neg bits, gradients and subclasses are the dispatcher's business, which is why
+// only implementations registered with torch.library may call in.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "dlpack.h"
+#include "kernels/types.h"
+
+namespace py = pybind11;
+
+// The exchange API of torch.Tensor, looked up once: subclasses inherit it.
+inline const dlpack::ExchangeApi* exchange_api(PyObject* object, const std::string& what) {
+  static const dlpack::ExchangeApi* cached = nullptr;
+  static PyTypeObject* cached_type = nullptr;
+  if (Py_TYPE(object) == cached_type) return cached;
+  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__dlpack_c_exchange_api__");
+  if (capsule == nullptr) {
+    PyErr_Clear();
+    throw py::type_error(what + " is a " + Py_TYPE(object)->tp_name + ", expected a torch.Tensor of torch >= 2.11");
+  }
+  auto header = static_cast<dlpack::Header*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);
+  while (header != nullptr && header->version.major != dlpack::kMajorVersion) header = header->previous;
+  auto api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
+  if (api == nullptr || api->tensor_from_py_object_no_sync == nullptr) {
+    PyErr_Clear();
+    throw py::type_error(what + " offers no DLPack 1.x exchange; install torch >= 2.11");
+  }
+  // Only torch's own classes are cached: their types outlive the module.
+  if (std::string(Py_TYPE(object)->tp_name) == "Tensor" || std::string(Py_TYPE(object)->tp_name) == "Parameter") {
+    cached = api;
+    cached_type = Py_TYPE(object);
+  }
+  return api;
+}
+
+class TensorView {
+ public:
+  TensorView(py::handle object, const char* op, const char* argument) : op_(op), argument_(argument) {
+    const dlpack::ExchangeApi* api = exchange_api(object.ptr(), name());
+    if (api->tensor_from_py_object_no_sync(object.ptr(), &t_) != 0) {
+      PyErr_Clear();
+      fail("has no dense memory", "expected a plain strided CPU tensor");
+    }
+    if (t_.device.type != dlpack::kCpu) fail("is not on the CPU", "move it with .cpu()");
+    if (t_.data == nullptr && numel() != 0) fail("has no memory", "expected a real tensor, not a fake or meta one");
+  }
+
+  int32_t rank() const { return t_.ndim; }
+  int64_t size(int32_t d) const { return t_.shape[d]; }
+  int64_t stride(int32_t d) const { return t_.strides[d]; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int32_t d = 0; d < t_.ndim; ++d) n *= t_.shape[d];
+    return n;
+  }
+
+  const TensorView& contiguous() const {
+    int64_t expected = 1;
+    for (int32_t d = t_.ndim - 1; d >= 0; --d) {
+      if (t_.shape[d] != 1 && t_.strides[d] != expected && numel() != 0) {
+        fail("is not contiguous", "call .contiguous() on it");
+      }
+      expected *= t_.shape[d];
+    }
+    return *this;
+  }
+
+  const TensorView& shape(std::initializer_list<int64_t> expected) const {
+    bool same = t_.ndim == static_cast<int32_t>(expected.size());
+    for (int32_t d = 0; same && d < t_.ndim; ++d) same = t_.shape[d] == expected.begin()[d];
+    if (!same) fail("has shape " + text(t_.shape, t_.ndim), "expected " + text(expected.begin(), expected.size()));
+    return *this;
+  }
+
+  FloatPtr floats() const {
+    if (is(dlpack::kFloat, 32)) return {pointer(), Type::f32};
+    if (is(dlpack::kBfloat, 16)) return {pointer(), Type::bf16};
+    fail("has another dtype", "expected float32 or bfloat16");
+  }
+  float* f32() const { return static_cast<float*>(typed(dlpack::kFloat, 32, "expected float32")); }
+  int8_t* i8() const { return static_cast<int8_t*>(typed(dlpack::kInt, 8, "expected int8")); }
+  int64_t* i64() const { return static_cast<int64_t*>(typed(dlpack::kInt, 64, "expected int64")); }
+
+  [[noreturn]] void fail(const std::string& given, const std::string& expected) const {
+    throw py::value_error(name() + " " + given + "; " + expected);
+  }
+
+ private:
+  std::string name() const { return std::string(op_) + ": " + argument_; }
+  bool is(uint8_t code, uint8_t bits) const {
+    return t_.dtype.code == code && t_.dtype.bits == bits && t_.dtype.lanes == 1;
+  }
+  void* pointer() const { return static_cast<char*>(t_.data) + t_.byte_offset; }
+  void* typed(uint8_t code, uint8_t bits, const char* expected) const {
+    if (!is(code, bits)) fail("has another dtype", expected);
+    return pointer();
+  }
+  static std::string text(const int64_t* sizes, size_t n) {
+    std::string s = "[";
+    for (size_t i = 0; i < n; ++i) s += (i ? ", " : "") + std::to_string(sizes[i]);
+    return s + "]";
+  }
+
+  dlpack::Tensor t_{};
+  const char* op_;
+  const char* argument_;
+};

@@ -1,0 +1,123 @@
+"""Drop-in linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from potstill.ops.int8_linear import int8_linear, pack, quantize_weight, unpack
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights whose input is quantised per row on the fly; see :data:`ops.int8_linear`.
+
+    Input [..., in_features] of any float dtype, output [..., out_features] of the same dtype (under autocast: of the
+    autocast dtype). Float32 and bfloat16 on the CPU run compiled kernels. Gradients flow to the input; the layer
+    itself is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds ``weight`` as [out_features, in_features] int8 and ``scale`` as
+    [out_features] float32; in memory the weight is kept only once, in the kernels' packed layout.
+
+    Raises :class:`ValueError` when the input's last dimension is not ``in_features``.
+
+    >>> linear = torch.nn.Linear(64, 32)
+    >>> fast = Int8Linear.from_float(linear)
+    >>> fast
+    Int8Linear(in_features=64, out_features=32, bias=True)
+    >>> x = torch.randn(8, 64)
+    >>> bool((fast(x) - linear(x)).norm() < 0.02 * linear(x).norm())
+    True
+    """
+
+    kind = "int8_linear"
+    weight: nn.Parameter
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        zeros = torch.zeros(out_features, in_features, dtype=torch.int8)
+        self.weight = nn.Parameter(pack(zeros), requires_grad=False)
+        self.register_buffer("scale", torch.ones(out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear) -> Self:
+        """The int8 form of ``linear``; the bias's memory is shared with it, not copied."""
+        with torch.device(linear.weight.device):
+            layer = cls(linear.in_features, linear.out_features, bias=False)
+        integers, scale = quantize_weight(linear.weight)
+        layer.weight.data, layer.scale = pack(integers), scale
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        layer.train(linear.training)
+        return layer
+
+    def to_float(self) -> nn.Linear:
+        """A float32 ``nn.Linear`` with the dequantised weight and a copy of the bias."""
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
+        with torch.no_grad():
+            linear.weight.copy_(self.int8_weight().float() * self.scale[:, None])
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build an empty layer of this shape."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        }
+
+    def int8_weight(self) -> Tensor:
+        """The integers as [out_features, in_features]."""
+        return unpack(self.weight, self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        # nn.Module.__getattr__ is slow beside a small layer: the dictionaries are read directly.
+        parameters = self._parameters
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"Int8Linear: x has {x.shape[-1]} features, expected in_features={self.in_features}; "
+                f"x has shape {list(x.shape)}"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        result: Tensor = int8_linear(x, parameters["weight"], self._buffers["scale"], parameters["bias"])
+        return result
+
+    def extra_repr(self) -> str:
+        """Sizes, as ``nn.Linear`` prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .half() and .to(bfloat16) change float tensors; scales follow the device only.
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.int8_weight()
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "weight"
+        weight = state_dict.get(key)
+        if weight is None:
+            return super()._load_from_state_dict(state_dict, prefix, *args)
+        errors: list[str] = args[-1]
+        expected = (self.out_features, self.in_features)
+        if tuple(weight.shape) != expected or weight.dtype != torch.int8:
+            errors.append(f"{key} is {weight.dtype} {list(weight.shape)}, expected int8 {list(expected)}")
+            return None
+        if bool((weight == -128).any()):
+            errors.append(f"{key} has the value -128; int8 weights lie in [-127, 127]")
+            return None
+        return super()._load_from_state_dict({**state_dict, key: pack(weight)}, prefix, *args)

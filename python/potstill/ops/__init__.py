@@ -1,0 +1,6 @@
+"""Operations with a pure-torch definition and fast kernels; one file per op, one registry: ``OPS``."""
+
+from potstill.ops.int8_linear import int8_linear
+from potstill.ops.op import OPS, Op
+
+__all__ = ["OPS", "Op", "int8_linear"]

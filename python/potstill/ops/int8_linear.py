@@ -1,0 +1,221 @@
+"""Linear layer with int8 weights and activations quantised on the fly (W8A8, dynamic, symmetric).
+
+The quantisation scheme is that of LLM.int8() (Dettmers et al. 2022, section 3.1) without outlier columns: one scale
+per row of the activations (per token) and one per row of the weight (per output channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from potstill import _C
+from potstill.ops.op import Cost, Kernel, Op, Sample
+
+PANEL = 16
+"""Outputs in one panel of packed weights."""
+
+_SMALLEST_ROW = 2.0**-100  # a row whose values are all smaller counts as zero; keeps 127 / max finite
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row of ``weight`` to int8 in [-127, 127]; returns the integers and the fp32 scales.
+
+    ``weight`` is [out_features, in_features], any float dtype; scales are max|row| / 127, and 1 for a row of zeros.
+    Raises :class:`ValueError` if a weight is not finite.
+
+    >>> quantize_weight(torch.tensor([[1.0, -0.5, 0.25]]))[0]
+    tensor([[127, -64,  32]], dtype=torch.int8)
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("quantize_weight: weight has NaN or infinite values; int8 cannot hold them")
+    rows = weight.detach().to(torch.float32)
+    largest = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(rows.shape[0], 1)
+    scale = torch.where(largest < _SMALLEST_ROW, torch.ones_like(largest), largest / 127.0)
+    return torch.round(rows / scale).clamp_(-127, 127).to(torch.int8), scale.squeeze(1)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Reorders int8 weights [n, k] into the layout that the kernels stream: [ceil(n/16), ceil(k/4) + 1, 64] int8.
+
+    A panel holds 16 outputs: per group of 4 inputs 16 x 4 bytes, then the outputs' weight sums as 16 int32. Rows and
+    columns beyond n and k are zero. It is the same for every instruction set. Undone by :func:`unpack`.
+
+    >>> w = torch.randint(-127, 128, (20, 7), dtype=torch.int8)
+    >>> pack(w).shape, torch.equal(unpack(pack(w), 20, 7), w)
+    (torch.Size([2, 3, 64]), True)
+    """
+    n, k = weight.shape
+    panels, groups = -(-n // PANEL), -(-k // 4)
+    padded = F.pad(weight, (0, groups * 4 - k, 0, panels * PANEL - n))
+    body = padded.view(panels, PANEL, groups, 4).transpose(1, 2).reshape(panels, groups, 4 * PANEL)
+    sums = padded.sum(dim=1, dtype=torch.int32).view(panels, 1, PANEL).view(torch.int8)
+    return torch.cat([body, sums], dim=1)
+
+
+def unpack(packed: Tensor, n: int, k: int) -> Tensor:
+    """The int8 weights [n, k] that :func:`pack` was given."""
+    panels, groups = packed.shape[0], packed.shape[1] - 1
+    rows = packed[:, :-1].reshape(panels, groups, PANEL, 4).transpose(1, 2).reshape(panels * PANEL, groups * 4)
+    return rows[:n, :k].contiguous()
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row of ``x`` [m, k] to integers in [-127, 127]; returns them as float64 and the fp32 scales [m, 1].
+
+    A row with a NaN or an infinity has scale NaN; a row whose values are all below 2^-100 counts as zero.
+    """
+    rows = x.to(torch.float32)
+    largest = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(rows.shape[0], 1)
+    finite = torch.isfinite(largest)
+    used = finite & (largest >= _SMALLEST_ROW)
+    inverse = torch.where(used, torch.full_like(largest, 127.0) / largest, torch.zeros_like(largest))  # not 127 * (1 / x)
+    integers = torch.where(used, torch.round(rows * inverse), torch.zeros_like(rows)).to(torch.float64)
+    scale = torch.where(used, largest / 127.0, torch.zeros_like(largest))
+    return integers, torch.where(finite, scale, torch.full_like(scale, torch.nan))
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor) -> None:
+    n, k = scale.numel(), x.shape[-1]
+    expected = (-(-n // PANEL), -(-k // 4) + 1, 4 * PANEL)
+    if tuple(weight.shape) != expected:
+        raise ValueError(
+            f"int8_linear: packed weight has shape {list(weight.shape)}, but {n} scales and x with {k} features need "
+            f"{list(expected)}; pack([out_features, in_features]) makes it"
+        )
+
+
+def _reference(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    _check(x, weight, scale)
+    n, k = scale.numel(), x.shape[-1]
+    integers, x_scale = quantize_rows(x.reshape(-1, k))
+    sums = integers @ unpack(weight, n, k).to(torch.float64).t()  # exact: |sums| < 2^53
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = sums.to(wide) * (x_scale * scale).to(wide)
+    if bias is not None:
+        y = y + bias
+    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+def _cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    n = scale.shape[0]
+    if x.dim() == 2 and x.is_contiguous():
+        y = x.new_empty((x.shape[0], n))
+        _C.int8_linear(x, weight, scale, bias, y)
+        return y
+    y = x.new_empty((*x.shape[:-1], n))
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else y.numel() // max(n, 1)
+    _C.int8_linear(x.reshape(rows, x.shape[-1]).contiguous(), weight, scale, bias, y.view(rows, n))
+    return y
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, bias = inputs
+    ctx.save_for_backward(weight, scale)
+    ctx.in_features = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+    # Straight-through: the rounding of x counts as the identity, so dy/dx is the dequantised weight.
+    weight, scale = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        integers = unpack(weight, scale.shape[0], ctx.in_features)
+        grad_x = (grad * scale.to(grad.dtype)) @ integers.to(grad.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, scale.shape[0]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias
+
+
+def _arguments(
+    shape: tuple[int, ...], n: int, bias: bool = True, dtype: torch.dtype = torch.float32, **extra: float
+) -> dict[str, Any]:
+    random = torch.Generator().manual_seed(shape[-1] * 7919 + n)
+    integers = torch.randint(-127, 128, (n, shape[-1]), generator=random, dtype=torch.int8)
+    x = torch.randn(shape, generator=random)
+    for row, value in enumerate(extra.values()):  # one special value in each of the first rows
+        x.view(-1, shape[-1])[row, shape[-1] // 2] = value
+    return {
+        "x": x.to(dtype),
+        "weight": pack(integers),
+        "scale": torch.rand(n, generator=random) * 0.01 + 1e-4,
+        "bias": torch.randn(n, generator=random).to(dtype) if bias else None,
+    }
+
+
+_BENCH_LAYERS = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096)]
+
+
+def _samples(size: str) -> Iterable[Sample]:
+    if size == "bench":
+        for k, n in _BENCH_LAYERS:
+            for m in (1, 8, 32, 128, 512):
+                yield Sample(f"m={m} k={k} n={n}", lambda m=m, k=k, n=n: _arguments((m, k), n))  # type: ignore[misc]
+        return
+    shapes: list[tuple[tuple[int, ...], int]] = [
+        ((1, 16), 16), ((1, 1), 1), ((0, 8), 5), ((3, 5), 0), ((7, 770), 1000), ((2, 3, 33), 17), ((13,), 31),
+        ((9, 64), 64), ((5, 127), 49), ((12, 256), 80), ((1, 1021), 113), ((67, 96), 130), ((1030, 24), 40),
+    ]  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape, n in shapes:
+            label = f"{list(shape)} -> {n} {str(dtype).removeprefix('torch.')}"
+            yield Sample(label, lambda s=shape, n=n, d=dtype: _arguments(s, n, n % 2 == 0, d))  # type: ignore[misc]
+    special = {"a": float("nan"), "b": float("inf"), "c": -float("inf"), "d": 3e38, "e": 1e-45}
+    yield Sample("nan inf extremes", lambda: _arguments((9, 40), 20, **special))
+    yield Sample("zeros", lambda: _arguments((4, 12), 18) | {"x": torch.zeros(4, 12)})
+    yield Sample("tiny rows", lambda: _arguments((4, 12), 18) | {"x": torch.full((4, 12), 1e-40)})
+    yield Sample("strided", lambda: _arguments((6, 20), 18) | {"x": torch.randn(20, 12).t()[::2]})
+
+
+def _cost(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Cost:
+    n, k = scale.numel(), x.shape[-1]
+    m = x.numel() // max(k, 1)
+    return Cost(int8_ops=2.0 * m * n * k, bytes=float(n * k + x.element_size() * m * (n + k)))
+
+
+def _rivals(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> dict[str, Callable[[], Any]]:
+    from potstill.ops.rivals import quantize_dynamic
+
+    n, k = scale.numel(), x.shape[-1]
+    linear = torch.nn.Linear(k, n, bias=bias is not None).requires_grad_(False)
+    linear.weight.copy_(unpack(weight, n, k).float() * scale[:, None])
+    if bias is not None:
+        linear.bias.copy_(bias)
+    return {"torch eager": lambda: linear(x)} | quantize_dynamic(linear, x)
+
+
+int8_linear = Op(
+    "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
+    differentiable=(0, 3),
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+    tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3},
+    cost=_cost,
+    rivals=_rivals,
+)
+"""``y = x @ (weight * scale[:, None]).t() + bias`` with x quantised per row to int8.
+
+- ``x``: [..., in_features], float32 or bfloat16 for the kernel (any float dtype for the reference).
+- ``weight``: int8 weights in [-127, 127], packed by :func:`pack`.
+- ``scale``: [out_features] float32; ``bias``: [out_features] or None.
+
+Returns [..., out_features] of x's dtype. The integer sums are exact; a row of x that holds a NaN or an infinity gives a
+row of NaN. The gradient of x takes the rounding as the identity (straight-through); weight and scale get none.
+
+>>> integers, scale = quantize_weight(torch.eye(3))
+>>> int8_linear(torch.tensor([[1.0, 2.0, 4.0]]), pack(integers), scale).round(decimals=1)
+tensor([[1., 2., 4.]])
+"""

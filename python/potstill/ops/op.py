@@ -1,0 +1,182 @@
+"""The contract of an op: one schema, one pure-torch definition, and the kernels that agree with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("potstill", "DEF")
+
+OPS: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Named arguments of an op, for its tests and its benchmarks.
+
+    ``label`` tells the shapes; ``make`` builds the arguments anew, always the same numbers.
+    """
+
+    label: str
+    make: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The work that no implementation can avoid: the benchmarks call the larger quotient the floor.
+
+    ``int8_ops`` and ``f32_ops`` count a multiply-add as two; ``bytes`` is what must be read and written once.
+    """
+
+    int8_ops: float = 0.0
+    f32_ops: float = 0.0
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A fast implementation for one device type.
+
+    ``dtypes`` are the dtypes of the op's first tensor it accepts; other inputs take the reference.
+    """
+
+    function: Callable[..., Any]
+    dtypes: frozenset[torch.dtype]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation ``torch.ops.potstill.<name>``: registered with torch when it is made, and callable.
+
+    - ``schema``: as in ``torch.library``; names and types of the arguments and results.
+    - ``reference``: pure torch; the definition, the fallback on every device, the oracle and the baseline.
+    - ``fake``: results' shapes and dtypes from the arguments'.
+    - ``kernels``: device type -> :class:`Kernel`.
+    - ``differentiable``, ``setup_context``, ``backward``: positions of the arguments that may need a gradient, and the
+      two static methods of a :class:`torch.autograd.Function`. The Function is entered only when one of them requires
+      a gradient: registered with the dispatcher it would cost every call 7 us, more than a small layer. Without
+      ``backward`` asking for a gradient raises.
+    - ``samples``: ``"test"`` or ``"bench"`` -> samples; the tests and the benchmarks walk them.
+    - ``tolerance``: dtype of the first tensor -> largest error against the float64 reference, relative to the largest
+      value of the result.
+    - ``cost``: arguments -> :class:`Cost`.
+    - ``run``: what a benchmark times for given arguments; the call itself unless the op is timed with its gradient.
+    - ``rivals``: arguments -> name -> callable: what a user would call instead; ``"torch eager"`` comes first.
+
+    >>> from potstill.ops import OPS
+    >>> sorted(OPS)
+    ['int8_linear', 'kd_loss']
+    """
+
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    kernels: Mapping[str, Kernel]
+    samples: Callable[[str], Iterable[Sample]]
+    tolerance: Mapping[torch.dtype, float]
+    cost: Callable[..., Cost]
+    rivals: Callable[..., dict[str, Callable[[], Any]]]
+    differentiable: tuple[int, ...] = ()
+    setup_context: Callable[..., None] | None = None
+    backward: Callable[..., Any] | None = None
+    run: Callable[..., Callable[[], Any]] | None = None
+    _call: Any = field(init=False, repr=False)
+    _with_gradient: Callable[..., Any] = field(init=False, repr=False)
+    _defaults: dict[str, Any] = field(init=False, repr=False)
+    _required: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        name = self.name
+        _LIBRARY.define(self.schema, tags=())
+        _LIBRARY.impl(name, self.reference, "CompositeExplicitAutograd")
+        for device, kernel in self.kernels.items():
+            _LIBRARY.impl(name, self._with_fallback(kernel), device.upper())
+        torch.library.register_fake(f"potstill::{name}", self.fake, lib=_LIBRARY)
+        object.__setattr__(self, "_call", getattr(torch.ops.potstill, name).default)
+        object.__setattr__(self, "_with_gradient", _with_gradient(self))
+        arguments = self._call._schema.arguments
+        object.__setattr__(self, "_defaults", {a.name: a.default_value for a in arguments})
+        required = frozenset(a.name for a in arguments if not a.has_default_value())
+        object.__setattr__(self, "_required", required)
+        OPS[name] = self
+
+    @property
+    def name(self) -> str:
+        """The name before the schema's bracket."""
+        return self.schema.partition("(")[0]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the op through torch's dispatcher, and through autograd if a gradient is needed."""
+        if kwargs or len(args) != len(self._defaults):
+            args = self._positional(args, kwargs)
+        if torch.is_grad_enabled():
+            for position in self.differentiable:
+                argument = args[position]
+                if argument is not None and argument.requires_grad:
+                    return self._with_gradient(*args)
+        return self._call(*args)
+
+    def backend(self, device: str, dtype: torch.dtype) -> tuple[str, str]:
+        """Which implementation serves ``device`` and ``dtype``, and why.
+
+        >>> from potstill.ops import int8_linear
+        >>> int8_linear.backend("cpu", torch.float64)
+        ('reference', 'the cpu kernel takes bfloat16, float32; float64 is computed by plain torch')
+        """
+        kernel = self.kernels.get(device)
+        if kernel is None:
+            return "reference", f"no {device} kernel; plain torch computes it there"
+        if dtype not in kernel.dtypes:
+            names = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
+            given = str(dtype).removeprefix("torch.")
+            return "reference", f"the {device} kernel takes {names}; {given} is computed by plain torch"
+        return "kernel", f"the {device} kernel takes {str(dtype).removeprefix('torch.')}"
+
+    def _with_fallback(self, kernel: Kernel) -> Callable[..., Any]:
+        function, dtypes, reference = kernel.function, kernel.dtypes, self.reference
+
+        def dispatch(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            chosen = function if first.dtype in dtypes else reference
+            return chosen(first, *args, **kwargs)
+
+        return dispatch
+
+    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        names = list(self._defaults)
+        unknown = kwargs.keys() - set(names[len(args) :])
+        missing = [n for n in names[len(args) :] if n not in kwargs and n in self._required]
+        if unknown or missing or len(args) > len(names):
+            raise TypeError(
+                f"{self.name}: takes ({', '.join(names)}); got {len(args)} positional arguments, "
+                f"unexpected {sorted(unknown)}, missing {missing}"
+            )
+        return args + tuple(kwargs.get(n, self._defaults[n]) for n in names[len(args) :])
+
+
+def _with_gradient(op: Op) -> Callable[..., Any]:
+    # forward and setup in one: torch's separate setup_context costs ten times as much per call. Only the overload and
+    # the two functions are captured, so that torch.compile can trace through.
+    call, setup_context, backward, name = op._call, op.setup_context, op.backward, op.name
+    if setup_context is None or backward is None:
+
+        def refuse(*_: Any) -> None:
+            raise RuntimeError(f"{name}: no gradient is defined; call it under torch.no_grad()")
+
+        return refuse
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = call(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+    Gradient.__name__ = Gradient.__qualname__ = f"{name}_with_gradient"
+    return Gradient.apply

@@ -1,0 +1,59 @@
+"""Timing of callables against each other, on machines that are shared and noisy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call: the median and the quartiles of ``repeats`` measurements."""
+
+    median: float
+    low: float
+    high: float
+    repeats: int
+
+
+def compare(
+    calls: Mapping[str, Callable[[], object]], *, seconds: float = 0.2, rounds: int = 9, block: float = 2e-3
+) -> dict[str, Timing]:
+    """Times the calls interleaved, so that a slow spell of the machine hits all of them alike.
+
+    Each of at most ``rounds`` rounds runs every call for about ``block`` seconds (at least once, after one untimed call
+    that brings its data back into the caches), in an order that reverses every round; ``seconds`` bounds the whole,
+    except that three rounds always run.
+
+    >>> times = compare({"short": lambda: sum(range(10)), "long": lambda: sum(range(10_000))}, seconds=0.05)
+    >>> times["short"].median < times["long"].median
+    True
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        start = time.perf_counter()
+        call()
+        repeats[name] = max(1, min(1000, int(block / max(time.perf_counter() - start, 1e-7))))
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
+        for name in order:
+            call, count = calls[name], repeats[name]
+            call()
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            samples[name].append((time.perf_counter() - start) / count)
+        order.reverse()
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def _summary(values: list[float]) -> Timing:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(median, low, high, len(values))
