@@ -14,16 +14,22 @@ constexpr int kVectorsPerPanel = kPanel / kLanes;
 constexpr int64_t kRowsPerPass = 1024;        // bounds the scratch memory
 constexpr int64_t kMinMacsForThreads = 1 << 18;  // about 10 us of one core; a fork and join take about 2
 constexpr int64_t kMinQuantiseForThreads = 1 << 14;
+constexpr int64_t kPrefetch = 2048;  // bytes ahead in the weights: past the page where the hardware prefetcher stops
 constexpr float kSmallestRow = 0x1p-100f;
 
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Bytes between rows of the quantised activations: whole vectors, so that narrow() may write past k.
-inline int64_t quantised_stride(int64_t k) { return round_up(k, 64); }
+// Bytes of a quantised row: whole vectors.
+inline int64_t row_bytes(int64_t k) { return round_up(k, kPanel) / 4 * kQuadBytes; }
+
+struct RowScale {
+  float scale;
+  int32_t sum;  // of |xq| over the row's negative xq
+};
 
 template <class T>
-void quantise_row(const T* x, int64_t k, int8_t* q, float* scale) {
+RowScale quantise_row(const T* x, int64_t k, int8_t* q) {
   I bits = izero();
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) bits = magnitude_max(bits, load(x + i));
@@ -32,50 +38,71 @@ void quantise_row(const T* x, int64_t k, int8_t* q, float* scale) {
   float largest;
   memcpy(&largest, &top_bits, 4);
   bool finite = top_bits < 0x7f800000;
-  *scale = !finite ? __builtin_nanf("") : largest < kSmallestRow ? 0.0f : largest / 127.0f;
   if (!finite || largest < kSmallestRow) {
-    memset(q, kOffset, static_cast<size_t>(quantised_stride(k)));
-    return;
+    memset(q, kZeroQuad, static_cast<size_t>(row_bytes(k)));
+    return {finite ? 0.0f : __builtin_nanf(""), 0};
   }
   F inverse = set1(127.0f / largest);
-  for (i = 0; i + kLanes <= k; i += kLanes) narrow(q + i, round_even(mul(load(x + i), inverse)));
-  if (i < k) {
-    narrow(q + i, round_even(mul(load_n(x + i, static_cast<int>(k - i), 0.0f), inverse)));
-    i += kLanes;
+  F negative = set1(0.0f);  // exact: sums of integers below 2^24 for k <= kMaxFeatures
+  for (i = 0; i < round_up(k, 4); i += kLanes) {
+    int n = static_cast<int>(smaller(k - i, kLanes));
+    F v = round_even(mul(n == kLanes ? load(x + i) : load_n(x + i, n, 0.0f), inverse));
+    negative = add(negative, max(neg(v), set1(0.0f)));
+    store_quads(q + i / 4 * kQuadBytes + i % 4, v);
   }
-  for (; i < round_up(k, 4); ++i) q[i] = 0;
-  if (kOffset != 0) {
-    for (i = 0; i < round_up(k, 4); ++i) q[i] = static_cast<int8_t>(q[i] ^ kOffset);
+  return {largest / 127.0f, static_cast<int32_t>(sum(negative))};
+}
+
+// Rows are cut into blocks that differ by at most one row: 8 rows are 4 + 4, not 6 + 2. In memory the quads of a block
+// are interleaved, [k/4][rows of the block], so that a tile reads one stream.
+inline int64_t row_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
+inline int64_t block_start(int64_t block, int64_t rows) { return block * rows / row_blocks(rows); }
+
+template <class T>
+void quantise_block(const T* x, int64_t k, int64_t rows, int8_t* q, RowScale* scales, int8_t* one_row) {
+  if (rows == 1) {
+    scales[0] = quantise_row(x, k, q);
+    return;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    scales[r] = quantise_row(x + r * k, k, one_row);
+    for (int64_t g = 0; g < packed_groups(k); ++g) {
+      memcpy(q + (g * rows + r) * kQuadBytes, one_row + g * kQuadBytes, kQuadBytes);
+    }
   }
 }
 
+// The unroll pragmas put the sums into registers: without them gcc keeps the array in memory, a third slower.
 template <int R, int P>
-inline void sums(const int8_t* q, int64_t q_stride, const int8_t* w, int64_t w_stride, int64_t groups,
+inline void sums(const int8_t* q, const RowScale* rows, const int8_t* w, int64_t w_stride, int64_t groups,
                  I (&acc)[R][P * kVectorsPerPanel]) {
-  for (int p = 0; p < P; ++p) {
-    auto columns = reinterpret_cast<const int32_t*>(w + p * w_stride + groups * 4 * kPanel);
-    for (int v = 0; v < kVectorsPerPanel; ++v) {
-      for (int r = 0; r < R; ++r) acc[r][p * kVectorsPerPanel + v] = correct(iload(columns + v * kLanes));
-    }
+#pragma GCC unroll 64
+  for (int v = 0; v < P * kVectorsPerPanel; ++v) {
+    const int8_t* tail = w + v / kVectorsPerPanel * w_stride + groups * 4 * kPanel;
+    I columns = iload(reinterpret_cast<const int32_t*>(tail) + v % kVectorsPerPanel * kLanes);
+#pragma GCC unroll 64
+    for (int r = 0; r < R; ++r) acc[r][v] = start(columns, rows[r].sum);
   }
   for (int64_t g = 0; g < groups; ++g) {
     Weights wv[P * kVectorsPerPanel];
-    for (int p = 0; p < P; ++p) {
-      for (int v = 0; v < kVectorsPerPanel; ++v) {
-        wv[p * kVectorsPerPanel + v] = weights(w + p * w_stride + (g * kPanel + v * kLanes) * 4);
-      }
+#pragma GCC unroll 64
+    for (int v = 0; v < P * kVectorsPerPanel; ++v) {
+      wv[v] = weights(w + v / kVectorsPerPanel * w_stride + (g * kPanel + v % kVectorsPerPanel * kLanes) * 4);
     }
+#pragma GCC unroll 64
+    for (int p = 0; p < P; ++p) __builtin_prefetch(w + p * w_stride + g * 4 * kPanel + kPrefetch);
+#pragma GCC unroll 64
     for (int r = 0; r < R; ++r) {
-      Quad x = quad(q + r * q_stride + g * 4);
-      for (int v = 0; v < P * kVectorsPerPanel; ++v) acc[r][v] = dot(acc[r][v], wv[v], x);
+      Quad x = quad(q + (g * R + r) * kQuadBytes);
+      dot(acc[r], wv, x);
     }
   }
 }
 
 struct Pass {  // one pass over at most kRowsPerPass rows
   const Int8Linear& a;
-  const int8_t* q;      // quantised rows
-  const float* x_scale;
+  const int8_t* q;  // quantised rows
+  const RowScale* scales;
   int64_t first_row, rows;
 };
 
@@ -84,8 +111,9 @@ template <class T, int R, int P>
 void tile(const Pass& s, int64_t row, int64_t panel) {
   const Int8Linear& a = s.a;
   I acc[R][P * kVectorsPerPanel];
-  sums<R, P>(s.q + row * quantised_stride(a.k), quantised_stride(a.k), a.weight + panel * panel_bytes(a.k),
-             panel_bytes(a.k), packed_groups(a.k), acc);
+  sums<R, P>(s.q + row * row_bytes(a.k), s.scales + row, a.weight + panel * panel_bytes(a.k), panel_bytes(a.k),
+             packed_groups(a.k), acc);
+#pragma GCC unroll 64
   for (int v = 0; v < P * kVectorsPerPanel; ++v) {
     int64_t column = panel * kPanel + v * kLanes;
     int n = static_cast<int>(smaller(a.n - column, kLanes));
@@ -96,8 +124,9 @@ void tile(const Pass& s, int64_t row, int64_t panel) {
       bias = a.bias.type == Type::f32 ? load_n(static_cast<const float*>(a.bias.data) + column, n, 0.0f)
                                       : load_n(static_cast<const bf16*>(a.bias.data) + column, n, 0.0f);
     }
+#pragma GCC unroll 64
     for (int r = 0; r < R; ++r) {
-      F y = mul(to_float(acc[r][v]), mul(set1(s.x_scale[row + r]), scale));
+      F y = mul(to_float(acc[r][v]), mul(set1(s.scales[row + r].scale), scale));
       if (a.bias.data != nullptr) y = add(y, bias);
       T* out = static_cast<T*>(a.y.data) + (s.first_row + row + r) * a.n + column;
       n == kLanes ? store(out, y) : store_n(out, y, n);
@@ -121,23 +150,20 @@ void tile_panels(const Pass& s, int64_t row, int rows, int64_t panel, int64_t pa
   }
 }
 
-// Rows are cut into blocks that differ by at most one row: 8 rows are 4 + 4, not 6 + 2.
-inline int64_t block_start(int64_t block, int64_t blocks, int64_t rows) { return block * rows / blocks; }
-
 template <class T>
 void multiply(const Pass& s) {
   const Int8Linear& a = s.a;
   int64_t panels = packed_panels(a.n);
   int64_t strips = (panels + kPanelsPerTile - 1) / kPanelsPerTile;
-  int64_t blocks = (s.rows + kRows - 1) / kRows;
+  int64_t blocks = row_blocks(s.rows);
   int64_t wanted = 4 * max_threads();  // enough tasks for threads of uneven speed
   int64_t cuts = smaller(blocks, strips >= wanted ? 1 : (wanted + strips - 1) / strips);
   parallel_for(strips * cuts, s.rows * a.n * a.k >= kMinMacsForThreads, [&](int64_t task) {
     int64_t panel = task / cuts * kPanelsPerTile;
     int64_t cut = task % cuts;
-    for (int64_t b = block_start(cut, cuts, blocks); b < block_start(cut + 1, cuts, blocks); ++b) {
-      int64_t row = block_start(b, blocks, s.rows);
-      int rows = static_cast<int>(block_start(b + 1, blocks, s.rows) - row);
+    for (int64_t b = cut * blocks / cuts; b < (cut + 1) * blocks / cuts; ++b) {
+      int64_t row = block_start(b, s.rows);
+      int rows = static_cast<int>(block_start(b + 1, s.rows) - row);
       tile_panels<T>(s, row, rows, panel, panels - panel);
     }
   });
@@ -145,16 +171,15 @@ void multiply(const Pass& s) {
 
 template <class T>
 void int8_linear_of(const Int8Linear& a) {
-  int64_t stride = quantised_stride(a.k);
-  auto scales = static_cast<float*>(a.scratch);
+  auto scales = static_cast<RowScale*>(a.scratch);
   auto q = reinterpret_cast<int8_t*>(scales + kRowsPerPass);
+  int8_t* one_row = q + smaller(a.m, kRowsPerPass) * row_bytes(a.k);  // one for each thread
   for (int64_t first = 0; first < a.m; first += kRowsPerPass) {
     int64_t rows = smaller(kRowsPerPass, a.m - first);
-    constexpr int64_t kGrain = 8;
-    parallel_for((rows + kGrain - 1) / kGrain, rows * a.k >= kMinQuantiseForThreads, [&](int64_t task) {
-      for (int64_t r = task * kGrain; r < smaller(rows, (task + 1) * kGrain); ++r) {
-        quantise_row(static_cast<const T*>(a.x.data) + (first + r) * a.k, a.k, q + r * stride, scales + r);
-      }
+    parallel_for(row_blocks(rows), rows * a.k >= kMinQuantiseForThreads, [&](int64_t block) {
+      int64_t row = block_start(block, rows);
+      quantise_block(static_cast<const T*>(a.x.data) + (first + row) * a.k, a.k, block_start(block + 1, rows) - row,
+                     q + row * row_bytes(a.k), scales + row, one_row + thread_index() * row_bytes(a.k));
     });
     multiply<T>({a, q, scales, first, rows});
   }
@@ -167,7 +192,7 @@ void int8_linear(const Int8Linear& a) {
 
 size_t int8_linear_scratch(int64_t m, int64_t, int64_t k) {
   int64_t rows = smaller(m, kRowsPerPass);
-  return static_cast<size_t>(kRowsPerPass * 4 + rows * quantised_stride(k) + 64);
+  return static_cast<size_t>(kRowsPerPass * sizeof(RowScale) + (rows + max_threads()) * row_bytes(k));
 }
 
 }  // namespace

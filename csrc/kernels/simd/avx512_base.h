@@ -1,8 +1,7 @@
 // What AVX-512 (F, BW, DQ, VL) has with and without VNNI. The list of primitives and their meaning: scalar.h.
 #pragma once
 #ifdef POTSTILL_EMULATE  // the parity test runs these objects on machines without AVX-512
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
+#include "simde_shims.h"  // in tests/csrc
 #else
 #include <immintrin.h>
 #endif
@@ -79,22 +78,21 @@ inline I magnitude_max(I acc, F a) {
 }
 inline int32_t itop(I a) { return _mm512_reduce_max_epi32(a.v); }
 inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
-inline void narrow(int8_t* p, F a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
-}
+inline __m128i narrow(F a) { return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)); }
 
-struct Quad {
+struct Weights {
   __m512i v;
 };
-inline Quad quad(const int8_t* p) {
+inline Weights weights(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline __m512i broadcast(const int8_t* p) {
   int32_t x;
   memcpy(&x, p, 4);
-  return {_mm512_set1_epi32(x)};
+  return _mm512_set1_epi32(x);
 }
 #ifdef POTSTILL_EMULATE
-inline void opaque(Quad& x) { asm volatile("" : "+m"(x)); }
+inline void opaque_vector(__m512i& x) { asm volatile("" : "+m"(x)); }
 #else
-inline void opaque(Quad& x) { asm volatile("" : "+v"(x.v)); }
+inline void opaque_vector(__m512i& x) { asm volatile("" : "+v"(x)); }
 #endif
 
 }  // namespace

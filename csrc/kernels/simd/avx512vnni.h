@@ -4,19 +4,28 @@
 
 namespace {
 
-constexpr int kOffset = 128;
+constexpr int kQuadBytes = 4;
+constexpr uint8_t kZeroQuad = 128;
 constexpr int kRows = 6;  // 24 sums, 4 vectors of weights and one of activations: 29 of the 32 registers
 constexpr int kPanelsPerTile = 4;
 
 // vpdpbusd multiplies unsigned by signed bytes: activations carry +128, and sums start at -128 sum(w).
-struct Weights {
-  __m512i v;
-};
-inline Weights weights(const int8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline I correct(I column_sums) {
+inline void store_quads(int8_t* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(narrow(a), _mm_set1_epi8(-128)));
+}
+inline I start(I column_sums, int32_t) {
   return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(column_sums.v, 7))};
 }
-inline I dot(I acc, Weights w, Quad x) { return {_mm512_dpbusd_epi32(acc.v, x.v, w.v)}; }
-inline I dot_floor(I acc, Weights w, Quad x) { return dot(acc, w, x); }
+struct Quad {
+  __m512i v;
+};
+inline Quad quad(const int8_t* p) { return {broadcast(p)}; }
+inline I dot_floor(I acc, Weights w, Quad x) { return {_mm512_dpbusd_epi32(acc.v, x.v, w.v)}; }
+template <int V>
+inline void dot(I (&acc)[V], const Weights (&w)[V], Quad x) {
+#pragma GCC unroll 64
+  for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
+}
+inline void opaque(Quad& x) { opaque_vector(x.v); }
 
 }  // namespace

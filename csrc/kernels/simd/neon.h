@@ -9,7 +9,8 @@
 namespace {
 
 constexpr int kLanes = 4;
-constexpr int kOffset = 0;
+constexpr int kQuadBytes = 4;
+constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 4;  // 16 sums, 4 vectors of weights, 4 of activations: 24 of the 32 registers
 constexpr int kPanelsPerTile = 1;
 
@@ -81,14 +82,14 @@ inline I magnitude_max(I acc, F a) {
   return {vmaxq_s32(acc.v, bits)};
 }
 inline int32_t itop(I a) { return vmaxvq_s32(a.v); }
-inline I correct(I) { return izero(); }
 inline F to_float(I a) { return {vcvtq_f32_s32(a.v)}; }
-inline void narrow(int8_t* p, F a) {
+inline void store_quads(int8_t* p, F a) {
   int16x4_t h = vmovn_s32(vcvtnq_s32_f32(a.v));
   int8x8_t b = vmovn_s16(vcombine_s16(h, h));
   vst1_lane_s32(reinterpret_cast<int32_t*>(p), vreinterpret_s32_s8(b), 0);
 }
 
+inline I start(I, int32_t) { return izero(); }
 struct Weights {
   int8x16_t v;
 };
@@ -101,8 +102,12 @@ inline Quad quad(const int8_t* p) {
   memcpy(&x, p, 4);
   return {vreinterpretq_s8_s32(vdupq_n_s32(x))};
 }
-inline I dot(I acc, Weights w, Quad x) { return {vdotq_s32(acc.v, w.v, x.v)}; }
-inline I dot_floor(I acc, Weights w, Quad x) { return dot(acc, w, x); }
+inline I dot_floor(I acc, Weights w, Quad x) { return {vdotq_s32(acc.v, w.v, x.v)}; }
+template <int V>
+inline void dot(I (&acc)[V], const Weights (&w)[V], Quad x) {
+#pragma GCC unroll 64
+  for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
+}
 inline void opaque(Quad& x) { asm volatile("" : "+w"(x.v)); }
 
 }  // namespace

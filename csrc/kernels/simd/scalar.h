@@ -7,11 +7,13 @@
 //   set1 zero add sub mul fma max neg round_even exp2i sum top
 //   to_float                   I -> F, rounded to nearest even
 //   magnitude_max              unsigned maximum of |x|'s bits: a NaN or inf wins over every finite number
-//   narrow                     F of integers in [-127, 127] -> kLanes bytes
-//   Weights weights dot        4-way dot product of signed bytes, exact for values in [-127, 127]
+//   store_quads                writes kLanes activations (integers in [-127, 127]) in the form that quad() reads:
+//                              kQuadBytes for every four; kZeroQuad is the byte that fills a row of zeros
+//   Weights weights Quad quad  one vector of weights; four activations of one row, for every lane
+//   start dot                  start(column_sums, row_sum), then dot() of every quad: the exact sums of products;
+//                              row_sum is the sum of |x| over the row's negative x
 //   dot_floor                  the fewest instructions of any 8-bit dot product of this ISA: what peak.inl measures
 //   opaque                     hides a value from the optimiser
-//   kOffset                    what dot() expects to have been added to the activations (0 or 128)
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -22,8 +24,9 @@
 namespace {
 
 constexpr int kLanes = 1;
-constexpr int kOffset = 0;
-constexpr int kRows = 2;        // rows and panels of the int8 micro-kernel's tile
+constexpr int kQuadBytes = 4;
+constexpr uint8_t kZeroQuad = 0;
+constexpr int kRows = 2;  // rows and panels of the int8 micro-kernel's tile
 constexpr int kPanelsPerTile = 1;
 
 struct F {
@@ -82,10 +85,10 @@ inline I magnitude_max(I acc, F a) {
   return {bits > acc.v ? bits : acc.v};
 }
 inline int32_t itop(I a) { return a.v; }
-inline I correct(I column_sums) { return {-kOffset * column_sums.v}; }
 inline F to_float(I a) { return {static_cast<float>(a.v)}; }
-inline void narrow(int8_t* p, F a) { *p = static_cast<int8_t>(a.v); }
 
+inline void store_quads(int8_t* p, F a) { *p = static_cast<int8_t>(a.v); }
+inline I start(I, int32_t) { return izero(); }
 struct Weights {
   int8_t w[4];
 };
@@ -102,11 +105,15 @@ inline Quad quad(const int8_t* p) {
   memcpy(r.x, p, 4);
   return r;
 }
-inline I dot(I acc, Weights w, Quad x) {
+inline I dot_floor(I acc, Weights w, Quad x) {
   for (int i = 0; i < 4; ++i) acc.v += static_cast<int32_t>(w.w[i]) * x.x[i];
   return acc;
 }
-inline I dot_floor(I acc, Weights w, Quad x) { return dot(acc, w, x); }
+template <int V>
+inline void dot(I (&acc)[V], const Weights (&w)[V], Quad x) {
+#pragma GCC unroll 64
+  for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
+}
 inline void opaque(Quad& x) { asm volatile("" : "+m"(x)); }
 
 }  // namespace
