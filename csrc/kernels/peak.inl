@@ -2,7 +2,7 @@
 
 namespace {
 
-// As many independent chains as hide the latency of the longest dot() with two multiplier ports.
+// Independent chains: enough to hide the latency of a multiply-add on two ports, few enough for 16 registers.
 constexpr int kChains = 12;
 
 double peak_int8(int64_t iterations) {
@@ -11,27 +11,33 @@ double peak_int8(int64_t iterations) {
   Weights w = weights(bytes);
   Quad x = quad(bytes);
   I acc[kChains];
-  for (I& a : acc) a = izero();
+#pragma GCC unroll 64
+  for (int c = 0; c < kChains; ++c) acc[c] = izero();
   for (int64_t i = 0; i < iterations; ++i) {
-    for (I& a : acc) {
+#pragma GCC unroll 64
+    for (int c = 0; c < kChains; ++c) {
       opaque(x);
-      a = dot_floor(a, w, x);
+      acc[c] = dot_floor(acc[c], w, x);
     }
   }
   volatile int32_t keep = 0;
-  for (I& a : acc) keep = keep + itop(a);
+#pragma GCC unroll 64
+  for (int c = 0; c < kChains; ++c) keep = keep + itop(acc[c]);
   return 2.0 * 4.0 * kLanes * kChains * static_cast<double>(iterations);
 }
 
 double peak_f32(int64_t iterations) {
   F acc[kChains];
   F x = set1(0.5f), y = set1(1e-3f);
-  for (F& a : acc) a = set1(1.0f);
+#pragma GCC unroll 64
+  for (int c = 0; c < kChains; ++c) acc[c] = set1(static_cast<float>(c + 1));  // unequal, or the chains are merged
   for (int64_t i = 0; i < iterations; ++i) {
-    for (F& a : acc) a = fma(a, x, y);
+#pragma GCC unroll 64
+    for (int c = 0; c < kChains; ++c) acc[c] = fma(acc[c], x, y);
   }
   volatile float keep = 0;
-  for (F& a : acc) keep = keep + top(a);
+#pragma GCC unroll 64
+  for (int c = 0; c < kChains; ++c) keep = keep + top(acc[c]);
   return 2.0 * kLanes * kChains * static_cast<double>(iterations);
 }
 

@@ -81,13 +81,11 @@ class Int8Linear(nn.Module):
         """[..., in_features] -> [..., out_features]."""
         # nn.Module.__getattr__ is slow beside a small layer: the dictionaries are read directly.
         parameters = self._parameters
-        if x.shape[-1] != self.in_features:
+        if x.size(-1) != self.in_features:
             raise ValueError(
                 f"Int8Linear: x has {x.shape[-1]} features, expected in_features={self.in_features}; "
                 f"x has shape {list(x.shape)}"
             )
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
         result: Tensor = int8_linear(x, parameters["weight"], self._buffers["scale"], parameters["bias"])
         return result
 

@@ -73,7 +73,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = rows.abs().amax(dim=1, keepdim=True) if rows.shape[1] else rows.new_zeros(rows.shape[0], 1)
     finite = torch.isfinite(largest)
     used = finite & (largest >= _SMALLEST_ROW)
-    inverse = torch.where(used, torch.full_like(largest, 127.0) / largest, torch.zeros_like(largest))  # not 127 * (1 / x)
+    inverse = torch.where(
+        used, torch.full_like(largest, 127.0) / largest, torch.zeros_like(largest)
+    )  # not 127 * (1 / x)
     integers = torch.where(used, torch.round(rows * inverse), torch.zeros_like(rows)).to(torch.float64)
     scale = torch.where(used, largest / 127.0, torch.zeros_like(largest))
     return integers, torch.where(finite, scale, torch.full_like(scale, torch.nan))
@@ -108,7 +110,7 @@ def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) 
 def _cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     n = scale.shape[0]
     if x.dim() == 2 and x.is_contiguous():
-        y = x.new_empty((x.shape[0], n))
+        y = torch.empty((x.size(0), n), dtype=x.dtype)
         _C.int8_linear(x, weight, scale, bias, y)
         return y
     y = x.new_empty((*x.shape[:-1], n))
@@ -120,7 +122,7 @@ def _cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, scale, bias = inputs
     ctx.save_for_backward(weight, scale)
-    ctx.in_features = x.shape[-1]
+    ctx.in_features, ctx.x_dtype = x.shape[-1], x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -130,7 +132,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         integers = unpack(weight, scale.shape[0], ctx.in_features)
-        grad_x = (grad * scale.to(grad.dtype)) @ integers.to(grad.dtype)
+        grad_x = ((grad * scale.to(grad.dtype)) @ integers.to(grad.dtype)).to(ctx.x_dtype)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, scale.shape[0]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias
@@ -198,6 +200,7 @@ int8_linear = Op(
     reference=_reference,
     fake=_fake,
     kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
+    autocast=True,
     differentiable=(0, 3),
     setup_context=_setup_context,
     backward=_backward,

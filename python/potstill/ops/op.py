@@ -59,6 +59,8 @@ class Op:
       two static methods of a :class:`torch.autograd.Function`. The Function is entered only when one of them requires
       a gradient: registered with the dispatcher it would cost every call 7 us, more than a small layer. Without
       ``backward`` asking for a gradient raises.
+    - ``autocast``: whether the first argument takes the autocast dtype under ``torch.autocast``; otherwise the op sees
+      its arguments as they are.
     - ``samples``: ``"test"`` or ``"bench"`` -> samples; the tests and the benchmarks walk them.
     - ``tolerance``: dtype of the first tensor -> largest error against the float64 reference, relative to the largest
       value of the result.
@@ -79,6 +81,7 @@ class Op:
     tolerance: Mapping[torch.dtype, float]
     cost: Callable[..., Cost]
     rivals: Callable[..., dict[str, Callable[[], Any]]]
+    autocast: bool = False
     differentiable: tuple[int, ...] = ()
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
@@ -94,6 +97,8 @@ class Op:
         _LIBRARY.impl(name, self.reference, "CompositeExplicitAutograd")
         for device, kernel in self.kernels.items():
             _LIBRARY.impl(name, self._with_fallback(kernel), device.upper())
+        for device in ("cpu", "cuda"):
+            _LIBRARY.impl(name, _under_autocast(self, device), f"Autocast{device.upper()}")
         torch.library.register_fake(f"potstill::{name}", self.fake, lib=_LIBRARY)
         object.__setattr__(self, "_call", getattr(torch.ops.potstill, name).default)
         object.__setattr__(self, "_with_gradient", _with_gradient(self))
@@ -138,9 +143,8 @@ class Op:
     def _with_fallback(self, kernel: Kernel) -> Callable[..., Any]:
         function, dtypes, reference = kernel.function, kernel.dtypes, self.reference
 
-        def dispatch(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            chosen = function if first.dtype in dtypes else reference
-            return chosen(first, *args, **kwargs)
+        def dispatch(first: torch.Tensor, *args: Any) -> Any:
+            return (function if first.dtype in dtypes else reference)(first, *args)
 
         return dispatch
 
@@ -154,6 +158,17 @@ class Op:
                 f"unexpected {sorted(unknown)}, missing {missing}"
             )
         return args + tuple(kwargs.get(n, self._defaults[n]) for n in names[len(args) :])
+
+
+def _under_autocast(op: Op, device: str) -> Callable[..., Any]:
+    # An Autocast kernel costs nothing outside torch.autocast, where the dispatcher skips its key.
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def autocast(first: torch.Tensor, *args: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op._call(first.to(torch.get_autocast_dtype(device)) if op.autocast else first, *args)
+
+    return autocast
 
 
 def _with_gradient(op: Op) -> Callable[..., Any]:

@@ -1,0 +1,104 @@
+"""Every op of the registry, on every instruction set of this machine and every sample, against its reference."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from potstill import _C
+from potstill.ops import OPS, Op
+from potstill.ops.op import Sample
+
+CASES = [
+    pytest.param(op, sample, id=f"{op.name}-{sample.label}") for op in OPS.values() for sample in op.samples("test")
+]
+
+
+def tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
+def first_tensor(arguments: dict[str, Any]) -> Tensor:
+    return next(a for a in arguments.values() if isinstance(a, Tensor))
+
+
+def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers with the float inputs widened; scales and other fp32 statistics stay part of the definition."""
+    return {
+        name: a.double() if isinstance(a, Tensor) and a.dtype in (torch.float32, torch.bfloat16) else a
+        for name, a in arguments.items()
+    }
+
+
+def assert_close(given: Tensor, exact: Tensor, tolerance: float, what: str) -> None:
+    assert given.shape == exact.shape, what
+    assert torch.equal(given.isnan(), exact.isnan()), f"{what}: NaN in different places"
+    infinite = exact.isinf()
+    assert torch.equal(given[infinite].double(), exact[infinite]), f"{what}: infinities differ"
+    finite = torch.isfinite(exact)
+    if finite.any():
+        largest = exact[finite].abs().max().clamp_min(1e-30)
+        error = float((given[finite].double() - exact[finite]).abs().max() / largest)
+        assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_kernel_agrees_with_float64_reference(op: Op, sample: Sample, isa: str) -> None:
+    arguments = sample.make()
+    exact = tensors(op.reference(**in_float64(arguments)))
+    _C.use_isa(isa)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        given = tensors(op(**arguments))
+        tolerance = op.tolerance[first_tensor(arguments).dtype]
+        for i, (g, e) in enumerate(zip(given, exact, strict=True)):
+            assert_close(g, e.double(), tolerance, f"{op.name} {sample.label} result {i} {isa} {threads} threads")
+
+
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_reference_agrees_with_itself_in_float64(op: Op, sample: Sample) -> None:
+    arguments = sample.make()
+    exact = tensors(op.reference(**in_float64(arguments)))
+    for g, e in zip(tensors(op.reference(**arguments)), exact, strict=True):
+        assert_close(g, e.double(), op.tolerance[first_tensor(arguments).dtype], f"{op.name} {sample.label}")
+
+
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_fake_result_has_the_real_shape_and_dtype(op: Op, sample: Sample) -> None:
+    arguments = sample.make()
+    for fake, real in zip(tensors(op.fake(**arguments)), tensors(op(**arguments)), strict=True):
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, from tracing
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_opcheck(op: Op, sample: Sample) -> None:
+    arguments = sample.make()
+    if any(r.isnan().any() for r in tensors(op(**arguments))):
+        arguments = {
+            n: a.nan_to_num() if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in arguments.items()
+        }
+    torch.library.opcheck(getattr(torch.ops.potstill, op.name).default, tuple(arguments.values()))
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_schema_names_the_reference_arguments(op: Op) -> None:
+    schema = getattr(torch.ops.potstill, op.name).default._schema
+    assert [a.name for a in schema.arguments] == list(inspect.signature(op.reference).parameters)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_wrong_arguments_are_named(op: Op) -> None:
+    with pytest.raises(TypeError, match=op.name):
+        op(nonsense=1)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_unsupported_dtype_takes_the_reference(op: Op) -> None:
+    arguments = in_float64(next(iter(op.samples("test"))).make())
+    assert op.backend("cpu", torch.float64)[0] == "reference"
+    for g, e in zip(tensors(op(**arguments)), tensors(op.reference(**arguments)), strict=True):
+        assert torch.equal(g, e)
