@@ -210,6 +210,7 @@ def test_autocast_gives_the_autocast_dtype() -> None:
         assert layer(torch.randn(2, 20)).dtype == torch.bfloat16
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, from tracing
 def test_compiles_whole_and_exports() -> None:
     model = nn.Sequential(Int8Linear.from_float(nn.Linear(20, 30)), nn.ReLU(), Int8Linear.from_float(nn.Linear(30, 4)))
     compiled = torch.compile(model, fullgraph=True)

@@ -3,6 +3,8 @@
 import torch  # noqa: F401  # first: the extension then shares torch's OpenMP runtime
 
 from potstill import nn, ops
+from potstill.checkpoint import load, save
+from potstill.transform import Int8, LayerRow, Report, quantize_
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "nn", "ops"]
+__all__ = ["Int8", "LayerRow", "Report", "__version__", "load", "nn", "ops", "quantize_", "save"]

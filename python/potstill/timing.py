@@ -23,20 +23,19 @@ def compare(
 ) -> dict[str, Timing]:
     """Times the calls interleaved, so that a slow spell of the machine hits all of them alike.
 
-    Each of at most ``rounds`` rounds runs every call for about ``block`` seconds (at least once, after one untimed call
-    that brings its data back into the caches), in an order that reverses every round; ``seconds`` bounds the whole,
-    except that three rounds always run.
+    Each of at most ``rounds`` (at least 2) rounds runs every call for about ``block`` seconds (at least once, after one
+    untimed call that brings its data back into the caches), in an order that reverses every round; ``seconds`` bounds
+    the whole, except that three rounds always run. A spell that outlasts half of the rounds shows in the medians; only
+    a second comparison at another time can tell.
 
     >>> times = compare({"short": lambda: sum(range(10)), "long": lambda: sum(range(10_000))}, seconds=0.05)
     >>> times["short"].median < times["long"].median
     True
     """
-    repeats = {}
+    fastest: dict[str, float] = {}
     for name, call in calls.items():
         call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, min(1000, int(block / max(time.perf_counter() - start, 1e-7))))
+        fastest[name] = _time(call, 1)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     begin = time.perf_counter()
@@ -44,14 +43,21 @@ def compare(
         if done >= 3 and time.perf_counter() - begin > seconds:
             break
         for name in order:
-            call, count = calls[name], repeats[name]
-            call()
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            samples[name].append((time.perf_counter() - start) / count)
+            # Sized by the fastest time so far: one interruption does not leave the later blocks too short.
+            count = max(1, min(1000, int(block / max(fastest[name], 1e-7))))
+            calls[name]()
+            sample = _time(calls[name], count)
+            samples[name].append(sample)
+            fastest[name] = min(fastest[name], sample)
         order.reverse()
     return {name: _summary(values) for name, values in samples.items()}
+
+
+def _time(call: Callable[[], object], count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count
 
 
 def _summary(values: list[float]) -> Timing:

@@ -2,4 +2,7 @@
 
 from potstill.nn.linear import Int8Linear
 
-__all__ = ["Int8Linear"]
+KINDS = {Int8Linear.kind: Int8Linear}
+"""Each drop-in layer by the name that checkpoints know it by."""
+
+__all__ = ["KINDS", "Int8Linear"]

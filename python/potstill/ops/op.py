@@ -172,16 +172,20 @@ def _under_autocast(op: Op, device: str) -> Callable[..., Any]:
 
 
 def _with_gradient(op: Op) -> Callable[..., Any]:
-    # forward and setup in one: torch's separate setup_context costs ten times as much per call. Only the overload and
-    # the two functions are captured, so that torch.compile can trace through.
-    call, setup_context, backward, name = op._call, op.setup_context, op.backward, op.name
-    if setup_context is None or backward is None:
+    if op.setup_context is not None and op.backward is not None:
+        return _autograd(op.name, op._call, op.setup_context, op.backward)
 
-        def refuse(*_: Any) -> None:
-            raise RuntimeError(f"{name}: no gradient is defined; call it under torch.no_grad()")
+    def refuse(*_: Any) -> None:
+        raise RuntimeError(f"{op.name}: no gradient is defined; call it under torch.no_grad()")
 
-        return refuse
+    return refuse
 
+
+def _autograd(
+    name: str, call: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    # forward and setup in one: torch's separate setup_context costs ten times as much per call. Only plain functions
+    # are captured, so that torch.compile can trace through.
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
