@@ -13,15 +13,12 @@
 
 namespace py = pybind11;
 
-// The exchange API of torch.Tensor, looked up once: subclasses inherit it.
-inline const dlpack::ExchangeApi* exchange_api(PyObject* object, const std::string& what) {
-  static const dlpack::ExchangeApi* cached = nullptr;
-  static PyTypeObject* cached_type = nullptr;
-  if (Py_TYPE(object) == cached_type) return cached;
-  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__dlpack_c_exchange_api__");
+// The exchange API that a tensor's class offers; throws if there is none.
+inline const dlpack::ExchangeApi* find_exchange_api(PyTypeObject* type) {
+  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   if (capsule == nullptr) {
     PyErr_Clear();
-    throw py::type_error(what + " is a " + Py_TYPE(object)->tp_name + ", expected a torch.Tensor of torch >= 2.11");
+    throw py::type_error(std::string("is a ") + type->tp_name + ", expected a torch.Tensor of torch >= 2.11");
   }
   auto header = static_cast<dlpack::Header*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   Py_DECREF(capsule);
@@ -29,20 +26,40 @@ inline const dlpack::ExchangeApi* exchange_api(PyObject* object, const std::stri
   auto api = reinterpret_cast<const dlpack::ExchangeApi*>(header);
   if (api == nullptr || api->tensor_from_py_object_no_sync == nullptr) {
     PyErr_Clear();
-    throw py::type_error(what + " offers no DLPack 1.x exchange; install torch >= 2.11");
-  }
-  // Only torch's own classes are cached: their types outlive the module.
-  if (std::string(Py_TYPE(object)->tp_name) == "Tensor" || std::string(Py_TYPE(object)->tp_name) == "Parameter") {
-    cached = api;
-    cached_type = Py_TYPE(object);
+    throw py::type_error("offers no DLPack 1.x exchange; install torch >= 2.11");
   }
   return api;
+}
+
+// The look-up costs more than a small kernel, so the first types seen are remembered (torch.Tensor and nn.Parameter,
+// in practice); the reference keeps a remembered type alive, so that its address stays its own.
+inline const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
+  struct Entry {
+    PyTypeObject* type;
+    const dlpack::ExchangeApi* api;
+  };
+  static Entry remembered[4] = {};
+  for (Entry& e : remembered) {
+    if (e.type == type) return e.api;
+    if (e.type == nullptr) {
+      e.api = find_exchange_api(type);
+      Py_INCREF(type);
+      e.type = type;
+      return e.api;
+    }
+  }
+  return find_exchange_api(type);
 }
 
 class TensorView {
  public:
   TensorView(py::handle object, const char* op, const char* argument) : op_(op), argument_(argument) {
-    const dlpack::ExchangeApi* api = exchange_api(object.ptr(), name());
+    const dlpack::ExchangeApi* api;
+    try {
+      api = exchange_api(Py_TYPE(object.ptr()));
+    } catch (const py::type_error& error) {
+      throw py::type_error(name() + " " + error.what());
+    }
     if (api->tensor_from_py_object_no_sync(object.ptr(), &t_) != 0) {
       PyErr_Clear();
       fail("has no dense memory", "expected a plain strided CPU tensor");

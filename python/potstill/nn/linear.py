@@ -81,13 +81,12 @@ class Int8Linear(nn.Module):
         """[..., in_features] -> [..., out_features]."""
         # nn.Module.__getattr__ is slow beside a small layer: the dictionaries are read directly.
         parameters = self._parameters
-        if x.size(-1) != self.in_features:
+        if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"Int8Linear: x has {x.shape[-1]} features, expected in_features={self.in_features}; "
                 f"x has shape {list(x.shape)}"
             )
-        result: Tensor = int8_linear(x, parameters["weight"], self._buffers["scale"], parameters["bias"])
-        return result
+        return int8_linear(x, parameters["weight"], self._buffers["scale"], parameters["bias"])  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         """Sizes, as ``nn.Linear`` prints them."""
@@ -96,7 +95,7 @@ class Int8Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .half() and .to(bfloat16) change float tensors; scales follow the device only.
         scale = self.scale
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         if self.scale.dtype != torch.float32:
             self.scale = scale.to(self.scale.device)
         return self

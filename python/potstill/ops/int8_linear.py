@@ -109,8 +109,8 @@ def _fake(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) 
 
 def _cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     n = scale.shape[0]
-    if x.dim() == 2 and x.is_contiguous():
-        y = torch.empty((x.size(0), n), dtype=x.dtype)
+    if x.dim() == 2 and x.is_contiguous():  # the common case, kept short: it is half the time of a small layer
+        y = x.new_empty((x.shape[0], n))
         _C.int8_linear(x, weight, scale, bias, y)
         return y
     y = x.new_empty((*x.shape[:-1], n))
