@@ -151,6 +151,16 @@ def test_bias_gradient_when_thawed() -> None:
     assert torch.equal(layer.bias.grad, torch.full((5,), 6.0))
 
 
+def test_layer_without_bias() -> None:
+    linear = nn.Linear(40, 30, bias=False)
+    layer = Int8Linear.from_float(linear)
+    x = torch.randn(3, 40)
+    assert layer.bias is None
+    assert "bias" not in layer.state_dict()
+    torch.testing.assert_close(layer(x), linear(x), rtol=0.1, atol=0.1)
+    assert layer.to_float().bias is None
+
+
 def test_layer_is_close_to_the_float_layer() -> None:
     linear = nn.Linear(256, 128)
     x = torch.randn(64, 256)

@@ -42,7 +42,8 @@ class Int8Linear(nn.Module):
         zeros = torch.zeros(out_features, in_features, dtype=torch.int8)
         self.weight = nn.Parameter(pack(zeros), requires_grad=False)
         self.register_buffer("scale", torch.ones(out_features))
-        self.bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+        zero_bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
+        self.register_parameter("bias", zero_bias)  # also when it is None
 
     @classmethod
     def from_float(cls, linear: nn.Linear) -> Self:

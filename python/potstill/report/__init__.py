@@ -1,0 +1,1 @@
+"""Numbers that a machine gives, and how they are shown."""

@@ -1,0 +1,67 @@
+"""How fast a replacement of a layer is beside the layer itself, and how exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from potstill.timing import compare
+from potstill.transform.observe import Call, autocast_dtype
+
+SECONDS = 0.1
+"""The time that is spent on one comparison, unless its calls are slow."""
+
+_VISITS = 3
+
+K = TypeVar("K", bound=Hashable)
+
+
+def fastest(comparisons: Mapping[K, Mapping[str, Callable[[], object]]]) -> dict[K, dict[str, float]]:
+    """Seconds per call of each callable: the lowest lower quartile of three visits.
+
+    Between its visits the other comparisons have their turn, so that a slow spell of the machine must outlast all of
+    them to mislead; what is slow by itself is slow in every visit.
+    """
+    best: dict[K, dict[str, float]] = {key: dict.fromkeys(calls, math.inf) for key, calls in comparisons.items()}
+    for _ in range(_VISITS):
+        for key, calls in comparisons.items():
+            for name, timing in compare(calls, seconds=SECONDS / _VISITS).items():
+                best[key][name] = min(best[key][name], timing.low)
+    return best
+
+
+def forward(layer: nn.Module, call: Call, features: int) -> Callable[[], object]:
+    """A function that calls ``layer`` on random rows in the way of ``call``."""
+    x = torch.randn(call.rows, features, generator=torch.Generator().manual_seed(0)).to(call.dtype)
+
+    def run() -> object:
+        with _autocast(call.autocast):  # entered per call: on leaving it torch forgets the weights that it cast
+            return layer(x)
+
+    return run
+
+
+def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    if dtype == autocast_dtype():
+        return nullcontext()
+    return torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+
+
+def snr_db(layer: nn.Module, replacement: nn.Module, x: Tensor) -> float | None:
+    """10 log10(sum y^2 / sum (y - y')^2) of the outputs for ``x``; None if that is no number."""
+    with _autocast(None):
+        y, other = layer(x).double(), replacement(x).double()
+    signal, noise = float(y.square().sum()), float((y - other).square().sum())
+    defined = 0 < signal < math.inf and 0 < noise < math.inf
+    return 10 * math.log10(signal / noise) if defined else None
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp(mean(log(values)))."""
+    logarithms = [math.log(value) for value in values]
+    return math.exp(sum(logarithms) / len(logarithms))
