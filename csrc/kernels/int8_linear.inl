@@ -28,8 +28,9 @@ struct RowScale {
   int32_t sum;  // of |xq| over the row's negative xq
 };
 
+// Writes the row's quads `stride` bytes apart.
 template <class T>
-RowScale quantise_row(const T* x, int64_t k, int8_t* q) {
+RowScale quantise_row(const T* x, int64_t k, int8_t* q, int64_t stride) {
   I bits = izero();
   int64_t i = 0;
   for (; i + kLanes <= k; i += kLanes) bits = magnitude_max(bits, load(x + i));
@@ -39,18 +40,19 @@ RowScale quantise_row(const T* x, int64_t k, int8_t* q) {
   memcpy(&largest, &top_bits, 4);
   bool finite = top_bits < 0x7f800000;
   if (!finite || largest < kSmallestRow) {
-    memset(q, kZeroQuad, static_cast<size_t>(row_bytes(k)));
+    for (int64_t g = 0; g < packed_groups(k); ++g) memset(q + g * stride, kZeroQuad, kQuadBytes);
     return {finite ? 0.0f : __builtin_nanf(""), 0};
   }
   F inverse = set1(127.0f / largest);
-  F negative = set1(0.0f);  // exact: sums of integers below 2^24 for k <= kMaxFeatures
-  for (i = 0; i < round_up(k, 4); i += kLanes) {
-    int n = static_cast<int>(smaller(k - i, kLanes));
-    F v = round_even(mul(n == kLanes ? load(x + i) : load_n(x + i, n, 0.0f), inverse));
-    negative = add(negative, max(neg(v), set1(0.0f)));
-    store_quads(q + i / 4 * kQuadBytes + i % 4, v);
+  NegativeSum negative;
+  for (i = 0; i + kLanes <= k; i += kLanes) {
+    store_quads(q + i / 4 * stride + i % 4, stride, mul(load(x + i), inverse), negative);
   }
-  return {largest / 127.0f, static_cast<int32_t>(sum(negative))};
+  for (; i < round_up(k, 4); i += kLanes) {  // the tail, filled up with zeros
+    F v = load_n(x + i, static_cast<int>(k - i), 0.0f);
+    store_quads(q + i / 4 * stride + i % 4, stride, mul(v, inverse), negative);
+  }
+  return {largest / 127.0f, negative.total()};
 }
 
 // Rows are cut into blocks that differ by at most one row: 8 rows are 4 + 4, not 6 + 2. In memory the quads of a block
@@ -59,17 +61,8 @@ inline int64_t row_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
 inline int64_t block_start(int64_t block, int64_t rows) { return block * rows / row_blocks(rows); }
 
 template <class T>
-void quantise_block(const T* x, int64_t k, int64_t rows, int8_t* q, RowScale* scales, int8_t* one_row) {
-  if (rows == 1) {
-    scales[0] = quantise_row(x, k, q);
-    return;
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    scales[r] = quantise_row(x + r * k, k, one_row);
-    for (int64_t g = 0; g < packed_groups(k); ++g) {
-      memcpy(q + (g * rows + r) * kQuadBytes, one_row + g * kQuadBytes, kQuadBytes);
-    }
-  }
+void quantise_block(const T* x, int64_t k, int64_t rows, int8_t* q, RowScale* scales) {
+  for (int64_t r = 0; r < rows; ++r) scales[r] = quantise_row(x + r * k, k, q + r * kQuadBytes, rows * kQuadBytes);
 }
 
 // The unroll pragmas put the sums into registers: without them gcc keeps the array in memory, a third slower.
@@ -93,8 +86,7 @@ inline void sums(const int8_t* q, const RowScale* rows, const int8_t* w, int64_t
     for (int p = 0; p < P; ++p) __builtin_prefetch(w + p * w_stride + g * 4 * kPanel + kPrefetch);
 #pragma GCC unroll 64
     for (int r = 0; r < R; ++r) {
-      Quad x = quad(q + (g * R + r) * kQuadBytes);
-      dot(acc[r], wv, x);
+      dot(acc[r], wv, q + (g * R + r) * kQuadBytes);
     }
   }
 }
@@ -173,13 +165,12 @@ template <class T>
 void int8_linear_of(const Int8Linear& a) {
   auto scales = static_cast<RowScale*>(a.scratch);
   auto q = reinterpret_cast<int8_t*>(scales + kRowsPerPass);
-  int8_t* one_row = q + smaller(a.m, kRowsPerPass) * row_bytes(a.k);  // one for each thread
   for (int64_t first = 0; first < a.m; first += kRowsPerPass) {
     int64_t rows = smaller(kRowsPerPass, a.m - first);
     parallel_for(row_blocks(rows), rows * a.k >= kMinQuantiseForThreads, [&](int64_t block) {
       int64_t row = block_start(block, rows);
       quantise_block(static_cast<const T*>(a.x.data) + (first + row) * a.k, a.k, block_start(block + 1, rows) - row,
-                     q + row * row_bytes(a.k), scales + row, one_row + thread_index() * row_bytes(a.k));
+                     q + row * row_bytes(a.k), scales + row);
     });
     multiply<T>({a, q, scales, first, rows});
   }
@@ -192,7 +183,7 @@ void int8_linear(const Int8Linear& a) {
 
 size_t int8_linear_scratch(int64_t m, int64_t, int64_t k) {
   int64_t rows = smaller(m, kRowsPerPass);
-  return static_cast<size_t>(kRowsPerPass * sizeof(RowScale) + (rows + max_threads()) * row_bytes(k));
+  return static_cast<size_t>(kRowsPerPass * sizeof(RowScale) + rows * row_bytes(k));
 }
 
 }  // namespace

@@ -99,45 +99,58 @@ inline F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
 // x >= 0, and |x| (-w - 1) = x w - |x| otherwise; start() adds the row's |x| back. (vpsignb, which needs no correction,
 // shares a port with the multiplier and costs a fifth of the speed.) A pair sums to at most 2 * 127 * 128 = 32512 <
 // 32768: vpmaddubsw never saturates.
-inline void store_quads(int8_t* p, F a) {
+struct NegativeSum {
+  __m128i v = _mm_setzero_si128();
+  int32_t total() const { return _mm_cvtsi128_si32(v); }
+};
+inline void store_quads(int8_t* p, int64_t stride, F a, NegativeSum& sum) {
   __m256i q = _mm256_cvtps_epi32(a.v);
   __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
-  __m128i x = _mm_packs_epi16(h, h);
+  __m128i x = _mm_packs_epi16(h, _mm_setzero_si128());
   __m128i mask = _mm_cmpgt_epi8(_mm_setzero_si128(), x);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(_mm_abs_epi8(x), mask));
+  __m128i magnitude = _mm_abs_epi8(x);
+  sum.v = _mm_add_epi64(sum.v, _mm_sad_epu8(_mm_and_si128(magnitude, mask), _mm_setzero_si128()));
+  __m128i quads = _mm_unpacklo_epi32(magnitude, mask);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), quads);
+  _mm_storeh_pd(reinterpret_cast<double*>(p + stride), _mm_castsi128_pd(quads));
 }
 inline I start(I, int32_t row_sum) { return {_mm256_set1_epi32(row_sum)}; }
 struct Weights {
   __m256i v;
 };
 inline Weights weights(const int8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-struct Quad {
-  __m256i magnitude, mask;
-};
-inline Quad quad(const int8_t* p) {
-  int32_t magnitude, mask;
-  memcpy(&magnitude, p, 4);
-  memcpy(&mask, p + 4, 4);
-  return {_mm256_set1_epi32(magnitude), _mm256_set1_epi32(mask)};
-}
-inline I add_pairs(I acc, __m256i pairs) {
-  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
-}
-// Step by step over all vectors: like operations side by side keep both multipliers busy (2 % faster on Zen 3).
-template <int V>
-inline void dot(I (&acc)[V], const Weights (&w)[V], Quad x) {
-  __m256i t[V];
-#pragma GCC unroll 64
-  for (int v = 0; v < V; ++v) t[v] = _mm256_xor_si256(w[v].v, x.mask);
-#pragma GCC unroll 64
-  for (int v = 0; v < V; ++v) t[v] = _mm256_maddubs_epi16(x.magnitude, t[v]);
-#pragma GCC unroll 64
-  for (int v = 0; v < V; ++v) t[v] = _mm256_madd_epi16(t[v], _mm256_set1_epi16(1));
-#pragma GCC unroll 64
-  for (int v = 0; v < V; ++v) acc[v].v = _mm256_add_epi32(acc[v].v, t[v]);
+// In assembly for its order alone: with like operations side by side Zen 3 keeps both multipliers busy, 3 % faster than
+// what gcc 12 makes of the same intrinsics.
+inline void dot(I (&acc)[2], const Weights (&w)[2], const int8_t* quad) {
+  __m256i x, a, b;
+  asm("vpbroadcastd %[mask], %[b]\n\t"
+      "vpbroadcastd %[magnitude], %[x]\n\t"
+      "vpxor %[w0], %[b], %[a]\n\t"
+      "vpxor %[w1], %[b], %[b]\n\t"
+      "vpmaddubsw %[a], %[x], %[a]\n\t"
+      "vpmaddubsw %[b], %[x], %[b]\n\t"
+      "vpmaddwd %[one], %[a], %[a]\n\t"
+      "vpmaddwd %[one], %[b], %[b]\n\t"
+      "vpaddd %[a], %[sum0], %[sum0]\n\t"
+      "vpaddd %[b], %[sum1], %[sum1]"
+      : [sum0] "+x"(acc[0].v), [sum1] "+x"(acc[1].v), [x] "=&x"(x), [a] "=&x"(a), [b] "=&x"(b)
+      : [w0] "x"(w[0].v), [w1] "x"(w[1].v), [one] "x"(_mm256_set1_epi16(1)),
+        [magnitude] "m"(*reinterpret_cast<const int8_t(*)[4]>(quad)),
+        [mask] "m"(*reinterpret_cast<const int8_t(*)[4]>(quad + 4)));
 }
 // Without the move of the sign: what a kernel pays that accepts 7-bit activations or saturation.
-inline I dot_floor(I acc, Weights w, Quad x) { return add_pairs(acc, _mm256_maddubs_epi16(x.magnitude, w.v)); }
+struct Quad {
+  __m256i magnitude;
+};
+inline Quad quad(const int8_t* p) {
+  int32_t magnitude;
+  memcpy(&magnitude, p, 4);
+  return {_mm256_set1_epi32(magnitude)};
+}
+inline I dot_floor(I acc, Weights w, Quad x) {
+  __m256i pairs = _mm256_maddubs_epi16(x.magnitude, w.v);
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
 inline void opaque(Quad& x) { asm volatile("" : "+x"(x.magnitude)); }
 
 }  // namespace

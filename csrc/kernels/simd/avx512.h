@@ -10,12 +10,20 @@ constexpr int kRows = 6;
 constexpr int kPanelsPerTile = 4;  // 24 sums, 4 vectors of weights, |x|, mask, 1 and a product: 32 registers
 
 // The sign of x moves to w, as in avx2.h.
-inline void store_quads(int8_t* p, F a) {
+struct NegativeSum {
+  __m128i v = _mm_setzero_si128();
+  int32_t total() const { return _mm_cvtsi128_si32(_mm_add_epi64(v, _mm_unpackhi_epi64(v, v))); }
+};
+inline void store_quads(int8_t* p, int64_t stride, F a, NegativeSum& sum) {
   __m128i x = narrow(a);
   __m128i magnitude = _mm_abs_epi8(x);
   __m128i mask = _mm_cmpgt_epi8(_mm_setzero_si128(), x);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_unpacklo_epi32(magnitude, mask));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm_unpackhi_epi32(magnitude, mask));
+  sum.v = _mm_add_epi64(sum.v, _mm_sad_epu8(_mm_and_si128(magnitude, mask), _mm_setzero_si128()));
+  __m128i low = _mm_unpacklo_epi32(magnitude, mask), high = _mm_unpackhi_epi32(magnitude, mask);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), low);
+  _mm_storeh_pd(reinterpret_cast<double*>(p + stride), _mm_castsi128_pd(low));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p + 2 * stride), high);
+  _mm_storeh_pd(reinterpret_cast<double*>(p + 3 * stride), _mm_castsi128_pd(high));
 }
 inline I start(I, int32_t row_sum) { return {_mm512_set1_epi32(row_sum)}; }
 struct Quad {
@@ -26,7 +34,8 @@ inline I add_pairs(I acc, __m512i pairs) {
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
 }
 template <int V>
-inline void dot(I (&acc)[V], const Weights (&w)[V], Quad x) {
+inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
+  Quad x = quad(p);
 #pragma GCC unroll 64
   for (int v = 0; v < V; ++v) {
     acc[v] = add_pairs(acc[v], _mm512_maddubs_epi16(x.magnitude, _mm512_xor_si512(w[v].v, x.mask)));

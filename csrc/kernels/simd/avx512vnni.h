@@ -10,8 +10,13 @@ constexpr int kRows = 6;  // 24 sums, 4 vectors of weights and one of activation
 constexpr int kPanelsPerTile = 4;
 
 // vpdpbusd multiplies unsigned by signed bytes: activations carry +128, and sums start at -128 sum(w).
-inline void store_quads(int8_t* p, F a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(narrow(a), _mm_set1_epi8(-128)));
+struct NegativeSum {
+  int32_t total() const { return 0; }
+};
+inline void store_quads(int8_t* p, int64_t stride, F a, NegativeSum&) {
+  alignas(16) int32_t quads[4];
+  _mm_store_si128(reinterpret_cast<__m128i*>(quads), _mm_xor_si128(narrow(a), _mm_set1_epi8(-128)));
+  for (int i = 0; i < 4; ++i) memcpy(p + i * stride, quads + i, 4);
 }
 inline I start(I column_sums, int32_t) {
   return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(column_sums.v, 7))};
@@ -22,7 +27,8 @@ struct Quad {
 inline Quad quad(const int8_t* p) { return {broadcast(p)}; }
 inline I dot_floor(I acc, Weights w, Quad x) { return {_mm512_dpbusd_epi32(acc.v, x.v, w.v)}; }
 template <int V>
-inline void dot(I (&acc)[V], const Weights (&w)[V], Quad x) {
+inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
+  Quad x = quad(p);
 #pragma GCC unroll 64
   for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
 }

@@ -83,10 +83,14 @@ inline I magnitude_max(I acc, F a) {
 }
 inline int32_t itop(I a) { return vmaxvq_s32(a.v); }
 inline F to_float(I a) { return {vcvtq_f32_s32(a.v)}; }
-inline void store_quads(int8_t* p, F a) {
+struct NegativeSum {
+  int32_t total() const { return 0; }
+};
+inline void store_quads(int8_t* p, int64_t, F a, NegativeSum&) {
   int16x4_t h = vmovn_s32(vcvtnq_s32_f32(a.v));
   int8x8_t b = vmovn_s16(vcombine_s16(h, h));
-  vst1_lane_s32(reinterpret_cast<int32_t*>(p), vreinterpret_s32_s8(b), 0);
+  int32_t quad = vget_lane_s32(vreinterpret_s32_s8(b), 0);
+  memcpy(p, &quad, 4);
 }
 
 inline I start(I, int32_t) { return izero(); }
@@ -104,7 +108,8 @@ inline Quad quad(const int8_t* p) {
 }
 inline I dot_floor(I acc, Weights w, Quad x) { return {vdotq_s32(acc.v, w.v, x.v)}; }
 template <int V>
-inline void dot(I (&acc)[V], const Weights (&w)[V], Quad x) {
+inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
+  Quad x = quad(p);
 #pragma GCC unroll 64
   for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
 }

@@ -7,12 +7,13 @@
 //   set1 zero add sub mul fma max neg round_even exp2i sum top
 //   to_float                   I -> F, rounded to nearest even
 //   magnitude_max              unsigned maximum of |x|'s bits: a NaN or inf wins over every finite number
-//   store_quads                writes kLanes activations (integers in [-127, 127]) in the form that quad() reads:
-//                              kQuadBytes for every four; kZeroQuad is the byte that fills a row of zeros
-//   Weights weights Quad quad  one vector of weights; four activations of one row, for every lane
+//   store_quads                rounds kLanes activations to integers (in [-127, 127]) and writes every four of them in
+//                              the form that quad() reads, kQuadBytes at each `stride`; adds the magnitudes of the
+//                              negative ones to a NegativeSum, if this ISA needs it; kZeroQuad fills a row of zeros
+//   Weights weights            one vector of weights: kLanes outputs by four inputs
 //   start dot                  start(column_sums, row_sum), then dot() of every quad: the exact sums of products;
-//                              row_sum is the sum of |x| over the row's negative x
-//   dot_floor                  the fewest instructions of any 8-bit dot product of this ISA: what peak.inl measures
+//                              row_sum is NegativeSum's total
+//   Quad quad dot_floor        the fewest instructions of any 8-bit dot product of this ISA: what peak.inl measures
 //   opaque                     hides a value from the optimiser
 #pragma once
 #include <math.h>
@@ -87,7 +88,10 @@ inline I magnitude_max(I acc, F a) {
 inline int32_t itop(I a) { return a.v; }
 inline F to_float(I a) { return {static_cast<float>(a.v)}; }
 
-inline void store_quads(int8_t* p, F a) { *p = static_cast<int8_t>(a.v); }
+struct NegativeSum {
+  int32_t total() const { return 0; }
+};
+inline void store_quads(int8_t* p, int64_t, F a, NegativeSum&) { *p = static_cast<int8_t>(nearbyintf(a.v)); }
 inline I start(I, int32_t) { return izero(); }
 struct Weights {
   int8_t w[4];
@@ -110,7 +114,8 @@ inline I dot_floor(I acc, Weights w, Quad x) {
   return acc;
 }
 template <int V>
-inline void dot(I (&acc)[V], const Weights (&w)[V], Quad x) {
+inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
+  Quad x = quad(p);
 #pragma GCC unroll 64
   for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
 }
