@@ -27,8 +27,25 @@ void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle b
   table.int8_linear(a);
 }
 
+// The number of labels that are not ignore_index; every other label must name a class.
+int64_t count_labels(const TensorView& target, int64_t rows, int64_t classes, int64_t ignore_index) {
+  const int64_t* labels = target.i64();
+  int64_t valid = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    if (labels[row] == ignore_index) continue;
+    if (labels[row] < 0 || labels[row] >= classes) {
+      target.fail("has the label " + std::to_string(labels[row]) + " in row " + std::to_string(row),
+                  "expected labels from 0 to " + std::to_string(classes - 1) + ", or ignore_index = " +
+                      std::to_string(ignore_index));
+    }
+    ++valid;
+  }
+  return valid;
+}
+
+// loss has rank 1 for one loss per row, or rank 0 for their sum or mean; the gradient is that of its sum.
 void kd_loss(py::handle student, py::handle teacher, py::handle target, py::handle loss, py::handle grad,
-             float temperature, float alpha, float label_smoothing, int64_t ignore_index, float row_weight) {
+             float temperature, float alpha, float label_smoothing, int64_t ignore_index, bool mean) {
   constexpr const char* kOp = "kd_loss";
   TensorView sv(student, kOp, "student"), tv(teacher, kOp, "teacher"), lv(loss, kOp, "loss");
   if (sv.rank() != 2) sv.fail("has rank " + std::to_string(sv.rank()), "expected [rows, classes]");
@@ -40,8 +57,16 @@ void kd_loss(py::handle student, py::handle teacher, py::handle target, py::hand
   KdLoss a{};
   a.student = sv.floats();
   a.teacher = tv.floats();
-  a.loss = lv.contiguous().shape({rows}).f32();
-  if (!target.is_none()) a.target = TensorView(target, kOp, "target").contiguous().shape({rows}).i64();
+  int64_t valid = rows;
+  if (!target.is_none()) {
+    TensorView labels(target, kOp, "target");
+    a.target = labels.contiguous().shape({rows}).i64();
+    valid = count_labels(labels, rows, v, ignore_index);
+  }
+  float* result = lv.contiguous().f32();
+  bool per_row = lv.rank() == 1;
+  if (per_row) lv.shape({rows});
+  if (!per_row) lv.shape({});
   if (!grad.is_none()) {
     TensorView gv(grad, kOp, "grad");
     a.grad = gv.contiguous().shape({rows, v}).floats();
@@ -56,11 +81,18 @@ void kd_loss(py::handle student, py::handle teacher, py::handle target, py::hand
   a.alpha = alpha;
   a.label_smoothing = label_smoothing;
   a.ignore_index = ignore_index;
-  a.row_weight = row_weight;
+  a.row_weight = mean && valid > 0 ? 1.0f / static_cast<float>(valid) : 1.0f;  // no valid row: all gradients are 0
   py::gil_scoped_release nogil;
   const Kernels& table = kernels();
-  a.scratch = scratch(table.kd_loss_scratch(rows, v));
+  size_t row_losses = per_row ? 0 : (static_cast<size_t>(rows) * sizeof(float) + 63) / 64 * 64;
+  char* memory = static_cast<char*>(scratch(row_losses + table.kd_loss_scratch(rows, v)));
+  a.loss = per_row ? result : reinterpret_cast<float*>(memory);
+  a.scratch = memory + row_losses;
   table.kd_loss(a);
+  if (per_row) return;
+  double total = 0;
+  for (int64_t row = 0; row < rows; ++row) total += a.loss[row];
+  *result = static_cast<float>(mean && valid > 0 ? total / static_cast<double>(valid) : total);
 }
 
 // Each of `threads` workers runs `f`; returns the operations of all.

@@ -14,7 +14,7 @@ def kd_loss(
     alpha: float,
     label_smoothing: float,
     ignore_index: int,
-    row_weight: float,
+    mean: bool,
     /,
 ) -> None: ...
 def peak_int8(iterations: int, threads: int) -> float: ...

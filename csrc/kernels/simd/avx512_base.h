@@ -60,13 +60,8 @@ inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F neg(F a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
 inline F round_even(F a) { return {_mm512_roundscale_ps(a.v, 0)}; }
-inline F exp2i(F n) {
-  __m512i e = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(e, 23))};
-}
-inline F less_select(F a, F b, F yes, F no) {
-  return {_mm512_mask_mov_ps(no.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), yes.v)};
-}
+inline F exp2i(F n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(n.v), 23))}; }
+inline F zero_below(F a, F b, F x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)}; }
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float top(F a) { return _mm512_reduce_max_ps(a.v); }
 

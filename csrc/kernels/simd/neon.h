@@ -64,14 +64,13 @@ inline F add(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
 inline F sub(F a, F b) { return {vsubq_f32(a.v, b.v)}; }
 inline F mul(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-inline F less_select(F a, F b, F yes, F no) { return {vbslq_f32(vcltq_f32(a.v, b.v), yes.v, no.v)}; }
+inline F zero_below(F a, F b, F x) {
+  return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x.v), vcltq_f32(a.v, b.v)))};
+}
 inline F max(F a, F b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 inline F neg(F a) { return {vnegq_f32(a.v)}; }
 inline F round_even(F a) { return {vrndnq_f32(a.v)}; }
-inline F exp2i(F n) {
-  int32x4_t e = vaddq_s32(vcvtnq_s32_f32(n.v), vdupq_n_s32(127));
-  return {vreinterpretq_f32_s32(vshlq_n_s32(e, 23))};
-}
+inline F exp2i(F n) { return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(n.v), 23))}; }
 inline float sum(F a) { return vaddvq_f32(a.v); }
 inline float top(F a) { return vmaxvq_f32(a.v); }
 

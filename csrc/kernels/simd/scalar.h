@@ -4,7 +4,10 @@
 //   kLanes                     floats (and int32s) in one vector
 //   F, I                       vectors of kLanes floats / int32s
 //   load load_n store store_n  float and bf16 memory; *_n touch only the first n lanes, load_n fills the rest
-//   set1 zero add sub mul fma max neg round_even exp2i sum top
+//   set1 add sub mul fma neg round_even sum top
+//   max                        the larger; if either is a NaN, the second
+//   exp2i                      its argument's bits shifted left by 23: 2^n from 1.5 * 2^23 + 127 + n, -126 <= n <= 127
+//   zero_below                 a < b ? 0 : x, lane by lane: 0 even where x is a NaN, x where a or b is one
 //   to_float                   I -> F, rounded to nearest even
 //   magnitude_max              unsigned maximum of |x|'s bits: a NaN or inf wins over every finite number
 //   store_quads                rounds kLanes activations to integers (in [-127, 127]) and writes every four of them in
@@ -67,13 +70,15 @@ inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
 inline F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
 inline F neg(F a) { return {-a.v}; }
 inline F round_even(F a) { return {nearbyintf(a.v)}; }
-inline F exp2i(F n) {  // 2^n for integers n in [-126, 127]
-  uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v) + 127) << 23;
+inline F exp2i(F n) {
+  uint32_t bits;
+  memcpy(&bits, &n.v, 4);
+  bits <<= 23;
   F r;
   memcpy(&r.v, &bits, 4);
   return r;
 }
-inline F less_select(F a, F b, F yes, F no) { return a.v < b.v ? yes : no; }
+inline F zero_below(F a, F b, F x) { return a.v < b.v ? F{0.0f} : x; }
 inline float sum(F a) { return a.v; }
 inline float top(F a) { return a.v; }
 

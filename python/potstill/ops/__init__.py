@@ -1,6 +1,7 @@
 """Operations with a pure-torch definition and fast kernels; one file per op, one registry: ``OPS``."""
 
 from potstill.ops.int8_linear import int8_linear
+from potstill.ops.kd_loss import kd_loss
 from potstill.ops.op import OPS, Op
 
-__all__ = ["OPS", "Op", "int8_linear"]
+__all__ = ["OPS", "Op", "int8_linear", "kd_loss"]
