@@ -1,0 +1,118 @@
+"""What passes between the loader, the models and the strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One item of a loader: the models' arguments, and the target.
+
+    ``(x, target)`` calls ``model(x)``, ``(a, b, target)`` calls ``model(a, b)``; an only input that is a tuple or list
+    is spread over the positional arguments, one that is a mapping over the keyword arguments.
+
+    >>> batch = Batch.of(({"ids": torch.zeros(2, 3), "mask": torch.ones(2, 3)}, torch.tensor([0, 1])))
+    >>> sorted(batch.kwargs), batch.target
+    (['ids', 'mask'], tensor([0, 1]))
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Tensor
+
+    @classmethod
+    def of(cls, item: Any) -> Batch:
+        """Takes a loader's item apart; raises :class:`TypeError` if it is not a sequence that ends in a target."""
+        if not isinstance(item, (tuple, list)) or len(item) < 2 or not isinstance(item[-1], Tensor):
+            raise TypeError(
+                f"Distiller: the loader yielded {_describe(item)}; it must yield (input, target) or "
+                "(input, ..., target) with a tensor as the target"
+            )
+        *inputs, target = item
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+            return cls((), dict(inputs[0]), target)
+        if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
+            inputs = list(inputs[0])
+        return cls(tuple(inputs), {}, target)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same with every tensor on ``device``, also those inside tuples, lists and dictionaries."""
+        return Batch(_move(self.args, device), _move(self.kwargs, device), self.target.to(device, non_blocking=True))
+
+    def feed(self, model: nn.Module) -> Any:
+        """The model's output for these inputs."""
+        return model(*self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a strategy computes its term from.
+
+    ``student`` and ``teacher`` are the models' outputs as they are; ``teacher`` is None where no strategy needs it.
+    """
+
+    batch: Batch
+    student: Any
+    teacher: Any
+
+    @property
+    def target(self) -> Tensor:
+        """The batch's target."""
+        return self.batch.target
+
+    @property
+    def student_logits(self) -> Tensor:
+        """The logits in the student's output; see :func:`logits`."""
+        return logits(self.student, "student")
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """The logits in the teacher's output; see :func:`logits`."""
+        return logits(self.teacher, "teacher")
+
+
+def logits(output: Any, model: str) -> Tensor:
+    """The logits in a model's output: a tensor, something with ``logits``, or a tuple whose first element they are.
+
+    Raises :class:`TypeError`, naming the ``model``, where there are none.
+
+    >>> logits({"loss": None, "logits": torch.tensor([1.0, 2.0])}, "student")
+    tensor([1., 2.])
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"Distiller: the {model} returned {_describe(output)}; expected a tensor of logits, an object or mapping "
+            "with 'logits', or a tuple whose first element is the logits"
+        )
+    return found
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _move(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        moved = [_move(item, device) for item in value]
+        make = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
+        return make(moved)
+    return value
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of ({', '.join(type(item).__name__ for item in value)})"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,52 @@
+"""The student learns the teacher's softened output distribution (Hinton, Vinyals and Dean 2015)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from potstill.distill.batch import Outputs
+from potstill.distill.strategies.strategy import Strategy, register
+from potstill.nn import KDLoss
+
+
+@register("soft_targets")
+class SoftTargets(Strategy):
+    """alpha T² KL(teacher || student) at temperature T, plus (1 - alpha) times the cross-entropy with the target.
+
+    Logits [..., classes] of both models, target [...] of class numbers; rows whose target is ``ignore_index`` count for
+    nothing. The loss is :class:`potstill.nn.KDLoss`: fused, forward and gradient in one.
+    Hinton, Vinyals and Dean 2015, section 2.
+
+    >>> import torch
+    >>> from potstill.distill import Batch
+    >>> same = torch.tensor([[1.0, 2.0]])
+    >>> outputs = Outputs(Batch((), {}, torch.tensor([0])), student=same, teacher=same)
+    >>> bool(SoftTargets(temperature=2.0, alpha=1.0)(outputs).abs() < 1e-6)
+    True
+    """
+
+    def __init__(
+        self, temperature: float = 4.0, alpha: float = 0.9, *, ignore_index: int = -100, label_smoothing: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.alpha = alpha
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self._loss = KDLoss(temperature, alpha, ignore_index=ignore_index, label_smoothing=label_smoothing)
+
+    def forward(self, outputs: Outputs) -> Tensor:
+        """The mean over the valid rows."""
+        loss: Tensor = self._loss(outputs.student_logits, outputs.teacher_logits, outputs.target)
+        return loss
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "temperature": self.temperature,
+            "alpha": self.alpha,
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+        }
