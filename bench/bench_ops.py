@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+
 from potstill import _C
 from potstill.ops import OPS
 from potstill.report.bench import BenchRow, Results, bench_call_overhead, bench_op, table
 from potstill.report.measure import ceilings
-from rich.console import Console
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
+
 from potstill import _C
 from potstill.ops import OPS, int8_linear
 from potstill.ops.op import Cost, Op, Sample
@@ -12,7 +14,6 @@ from potstill.report import bench, measure
 from potstill.report.bench import EAGER, BenchRow, Results, bench_call_overhead, bench_op, table
 from potstill.report.measure import Cache, Ceilings, Level, caches, ceilings, torch_threads
 from potstill.timing import Timing
-from rich.console import Console
 
 LIMITS = Ceilings("a cpu", "an isa", 1, 100.0, 50.0, (Level("L2", 1000, 80.0), Level("DRAM", None, 10.0)))
 

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from potstill import _C
 from potstill.nn import KDLoss
 from potstill.ops import kd_loss
 from potstill.ops.kd_loss import row_losses
-from torch import Tensor
 
 
 @pytest.fixture(params=_C.isas())

@@ -2,6 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from potstill import timing
 from potstill.ops import int8_linear
 from potstill.timing import compare

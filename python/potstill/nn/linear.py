@@ -15,9 +15,10 @@ class Int8Linear(nn.Module):
     """A linear layer with int8 weights whose input is quantised per row on the fly; see :data:`ops.int8_linear`.
 
     Input [..., in_features] of any float dtype, output [..., out_features] of the same dtype (under autocast: of the
-    autocast dtype). Float32 and bfloat16 on the CPU run compiled kernels. Gradients flow to the input; the layer
-    itself is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds ``weight`` as [out_features, in_features] int8 and ``scale`` as
-    [out_features] float32; in memory the weight is kept only once, in the kernels' packed layout.
+    autocast dtype). Float32 and bfloat16 on the CPU run compiled kernels. Gradients flow to the input; the layer itself
+    is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds ``weight`` as [out_features,
+    in_features] int8 and ``scale`` as [out_features] float32; in memory the weight is kept only once, in the kernels'
+    packed layout.
 
     Raises :class:`ValueError` when the input's last dimension is not ``in_features``.
 

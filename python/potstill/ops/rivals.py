@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def quantize_dynamic(linear: nn.Linear, x: Tensor) -> dict[str, Callable[[], Any]]:
-    """``torch.ao.quantization.quantize_dynamic`` of ``linear`` applied to ``x``, once per engine that torch has here."""
+    """``torch.ao.quantization.quantize_dynamic`` of ``linear`` applied to ``x``, once per engine of this torch."""
     calls: dict[str, Callable[[], Any]] = {}
     chosen = torch.backends.quantized.engine
     try:
