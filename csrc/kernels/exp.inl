@@ -3,21 +3,22 @@
 // 2^r = 1 + r (c1 + ... + c5 r^4) is the minimax fit of the relative error: 9.1e-8, with its coefficients and Horner's
 // steps rounded 1.6e-7 (2 ulp). That log2(e) / t is rounded changes t by 2^-25 of itself, and an fma that is not fused
 // adds as much: relative errors of 2^-25 |x / t|, but less than 2^-25 of exp(0) because |y| exp(-|y|) < 1/2.
-// Below exp(-87), where 2^n would soon leave the normal numbers, the result is exactly 0, also for -inf; NaN stays NaN.
+// Below exp(-87.7), where 2^n leaves the normal numbers, the result is exactly 0, also for -inf; NaN stays NaN.
 #pragma once
 
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr float kExpFloor = -87.0f;
 constexpr float kExp2Shift = 0x1.8p23f + 127.0f;  // see exp2i
+constexpr double kExpFloor = -127.25 / kLog2E;    // n = -127, of which exp2i makes 0
 
 struct Exp {
   F scale, floor;
-  explicit Exp(float t) : scale(set1(static_cast<float>(kLog2E / t))), floor(set1(kExpFloor * t)) {}
+  explicit Exp(float t) : scale(set1(static_cast<float>(kLog2E / t))), floor(set1(static_cast<float>(kExpFloor * t))) {}
 };
 
 inline F exponential(F x, const Exp& e) {
+  x = max(e.floor, x);  // in this order a NaN stays
   F shift = set1(kExp2Shift);
   F shifted = fma(x, e.scale, shift);  // so large that its last bit counts ones: the sum rounds to an integer
   F r = fma(x, e.scale, sub(shift, shifted));
@@ -26,7 +27,7 @@ inline F exponential(F x, const Exp& e) {
   p = fma(p, r, set1(0x1.ebf9c2p-3f));
   p = fma(p, r, set1(0x1.62e42ap-1f));
   p = fma(p, r, set1(1.0f));
-  return zero_below(x, e.floor, mul(p, exp2i(shifted)));
+  return mul(p, exp2i(shifted));
 }
 
 }  // namespace

@@ -3,14 +3,15 @@
 // with q, p, q1 the softmaxes of s/T, t/T and s, eps the label smoothing, w the row's weight.
 //
 // A row is read from memory once, in blocks that stay in L1: first a block's largest logits m_s and m_t, then its sums
-//   z_s = sum e^((s-m_s)/T)   z_t = sum e^((t-m_t)/T)   z_1 = sum e^(s-m_s)   a = sum e^((t-m_t)/T) ((t-m_t) - (s-m_s)).
+//   z_s = sum e^((s-m_s)/T)   z_t = sum e^((t-m_t)/T)   z_1 = sum e^(s-m_s)
+//   a = sum e^((t-m_t)/T) ((t-m_t) - (s-m_s)).
 // Centring on the maxima keeps a accurate when all logits share a large offset. With M_s, M_t the row's largest logits
 // and f_s = e^((m_s-M_s)/T), f_t, f_1 alike, the row's sums are those over its blocks
 //   Z = sum f z   A = sum f_t (a + z_t ((m_t-M_t) - (m_s-M_s)))   so that   KL = A / (T Z_t) - ln Z_t + ln Z_s.
 // For the gradient the exponentials wait in the thread's scratch until f / Z is known. e^(s-m_s) is the T-th power of
 // e^((s-m_s)/T) for T = 1, 2, 4, and else an exponential of its own, which waits as well.
 //
-// Bounds: two reads and a write per logit at the memory's bandwidth; 27 vector instructions of exponentials and about
+// Bounds: two reads and a write per logit at the memory's bandwidth; 22 vector instructions of exponentials and about
 // 20 others per kLanes logits. The next block is prefetched while one is computed, so that the two overlap.
 #include <math.h>
 
@@ -24,6 +25,7 @@ constexpr int64_t kBlock = kLanes < 8 ? 128 * kLanes : 1024;
 constexpr int64_t kLogitsPerTask = 1 << 13;        // some microseconds
 constexpr int64_t kMinLogitsForThreads = 1 << 14;  // about 10 us of one core; a fork and join take about 2
 constexpr float kLowest = -__FLT_MAX__;            // finite, because -inf - (-inf) is a NaN
+constexpr float kSmallest = __FLT_MIN__;
 
 // e^s as a power of e^(s/T); not needed; or an exponential of its own.
 enum Hard { kNone = 0, kPower1 = 1, kPower2 = 2, kPower4 = 4, kOwn = -1 };
@@ -136,7 +138,7 @@ class Rows {
       store(exp_t + i, e_t);
       z_s = add(z_s, e_s);
       z_t = add(z_t, e_t);
-      a = add(a, zero_below(y, soft.floor, mul(e_t, sub(y, x))));  // where e_t is 0, y - x may be infinite
+      a = add(a, zero_below(e_t, set1(kSmallest), mul(e_t, sub(y, x))));  // where e_t is 0, y - x may be infinite
       if constexpr (H != kNone) {
         F e_1 = hard_exponential<H>(e_s, x, hard);
         z_1 = add(z_1, e_1);

@@ -6,7 +6,8 @@
 //   load load_n store store_n  float and bf16 memory; *_n touch only the first n lanes, load_n fills the rest
 //   set1 add sub mul fma neg round_even sum top
 //   max                        the larger; if either is a NaN, the second
-//   exp2i                      its argument's bits shifted left by 23: 2^n from 1.5 * 2^23 + 127 + n, -126 <= n <= 127
+//   exp2i                      its argument's bits shifted left by 23: 2^n from 1.5 * 2^23 + 127 + n, -126 <= n <= 127;
+//                              0 for n = -127
 //   zero_below                 a < b ? 0 : x, lane by lane: 0 even where x is a NaN, x where a or b is one
 //   to_float                   I -> F, rounded to nearest even
 //   magnitude_max              unsigned maximum of |x|'s bits: a NaN or inf wins over every finite number

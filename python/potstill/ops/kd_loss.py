@@ -399,9 +399,9 @@ kd_loss = Op(
 - ``label_smoothing``: as in :func:`torch.nn.functional.cross_entropy`.
 - ``reduction``: "mean" over the rows that count (0 if there are none, where torch gives NaN), "sum", or "none".
 
-Returns the loss, float32 (float64 if an input is), [] or [...]; and the gradient of its sum by ``student``, of its shape
-and dtype and from the same pass: backward only scales it. With ``need_grad=False`` the second result is empty. A second
-derivative is not defined.
+Returns the loss, float32 (float64 if an input is), [] or [...], and the gradient of its sum by ``student``, of its
+shape and dtype and from the same pass: backward only scales it. With ``need_grad=False`` the second result is empty. A
+second derivative is not defined.
 
 A teacher's logit of -inf is a probability of exactly 0 and contributes nothing; a student's -inf where the teacher has
 a probability gives an infinite loss; a NaN, or a row of nothing but -inf, gives NaN.
