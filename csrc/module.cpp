@@ -35,8 +35,8 @@ int64_t count_labels(const TensorView& target, int64_t rows, int64_t classes, in
     if (labels[row] == ignore_index) continue;
     if (labels[row] < 0 || labels[row] >= classes) {
       target.fail("has the label " + std::to_string(labels[row]) + " in row " + std::to_string(row),
-                  "expected labels from 0 to " + std::to_string(classes - 1) + ", or ignore_index = " +
-                      std::to_string(ignore_index));
+                  "expected labels from 0 to " + std::to_string(classes - 1) +
+                      ", or ignore_index = " + std::to_string(ignore_index));
     }
     ++valid;
   }

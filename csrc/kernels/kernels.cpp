@@ -1,7 +1,9 @@
 // Compiled once per ISA (CMakeLists.txt) into an object that exports one symbol: kernels_<isa>.
 // Everything else is in anonymous namespaces, so that no instruction of one ISA can leak into another's code.
 #define POTSTILL_STRING(x) #x
+// clang-format off: it would put spaces into the path
 #define POTSTILL_HEADER(isa) POTSTILL_STRING(simd/isa.h)
+// clang-format on
 #define POTSTILL_NAME(isa) POTSTILL_STRING(isa)
 #define POTSTILL_JOIN(a, b) a##b
 #define POTSTILL_SYMBOL(isa) POTSTILL_JOIN(kernels_, isa)
@@ -17,6 +19,12 @@
 
 extern const Kernels POTSTILL_SYMBOL(POTSTILL_ISA);
 const Kernels POTSTILL_SYMBOL(POTSTILL_ISA) = {
-    POTSTILL_NAME(POTSTILL_ISA), int8_linear, int8_linear_scratch, kd_loss, kd_loss_scratch,
-    peak_int8, peak_f32, read_memory,
+    POTSTILL_NAME(POTSTILL_ISA),
+    int8_linear,
+    int8_linear_scratch,
+    kd_loss,
+    kd_loss_scratch,
+    peak_int8,
+    peak_f32,
+    read_memory,
 };

@@ -19,21 +19,21 @@ struct Int8Linear {
   const float* scale;    // [n]
   FloatPtr bias;         // [n] or null
   int64_t m, n, k;
-  void* scratch;         // int8_linear_scratch(m, n, k) bytes, 64-byte aligned
+  void* scratch;  // int8_linear_scratch(m, n, k) bytes, 64-byte aligned
 };
 
 struct KdLoss {
-  FloatPtr student;        // [rows, v], rows `student_stride` apart
-  FloatPtr teacher;        // [rows, v]
-  FloatPtr grad;           // [rows, v] of the student's type, or null: no gradient wanted
-  const int64_t* target;   // [rows], or null: no hard labels (alpha is 1)
-  float* loss;             // [rows]
+  FloatPtr student;       // [rows, v], rows `student_stride` apart
+  FloatPtr teacher;       // [rows, v]
+  FloatPtr grad;          // [rows, v] of the student's type, or null: no gradient wanted
+  const int64_t* target;  // [rows], or null: no hard labels (alpha is 1)
+  float* loss;            // [rows]
   int64_t rows, v;
   int64_t student_stride, teacher_stride;
   float temperature, alpha, label_smoothing;
   int64_t ignore_index;
-  float row_weight;        // factor of every row's gradient
-  void* scratch;           // kd_loss_scratch(rows, v) bytes, 64-byte aligned
+  float row_weight;  // factor of every row's gradient
+  void* scratch;     // kd_loss_scratch(rows, v) bytes, 64-byte aligned
 };
 
 struct Kernels {

@@ -130,8 +130,8 @@ inline void dot(I (&acc)[2], const Weights (&w)[2], const int8_t* quad) {
       "vpaddd %[b], %[sum1], %[sum1]"
       : [sum0] "+x"(acc[0].v), [sum1] "+x"(acc[1].v), [x] "=&x"(x), [a] "=&x"(a), [b] "=&x"(b)
       : [w0] "x"(w[0].v), [w1] "x"(w[1].v), [one] "x"(_mm256_set1_epi16(1)),
-        [magnitude] "m"(*reinterpret_cast<const int8_t(*)[4]>(quad)),
-        [mask] "m"(*reinterpret_cast<const int8_t(*)[4]>(quad + 4)));
+        [magnitude] "m"(*reinterpret_cast<const int8_t (*)[4]>(quad)),
+        [mask] "m"(*reinterpret_cast<const int8_t (*)[4]>(quad + 4)));
 }
 // Without the move of the sign: what a kernel pays that accepts 7-bit activations or saturation.
 struct Quad {

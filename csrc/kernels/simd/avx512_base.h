@@ -1,6 +1,6 @@
 // What AVX-512 (F, BW, DQ, VL) has with and without VNNI. The list of primitives and their meaning: scalar.h.
 #pragma once
-#ifdef POTSTILL_EMULATE  // the parity test runs these objects on machines without AVX-512
+#ifdef POTSTILL_EMULATE   // the parity test runs these objects on machines without AVX-512
 #include "simde_shims.h"  // in tests/csrc
 #else
 #include <immintrin.h>
@@ -24,9 +24,7 @@ struct I {
 inline __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
 inline F set1(float x) { return {_mm512_set1_ps(x)}; }
 inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline F load_n(const float* p, int n, float fill) {
-  return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p)};
-}
+inline F load_n(const float* p, int n, float fill) { return {_mm512_mask_loadu_ps(_mm512_set1_ps(fill), first(n), p)}; }
 inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
 inline void store_n(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 inline F load(const bf16* p) {
