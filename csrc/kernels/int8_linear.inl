@@ -88,14 +88,15 @@ inline void sums(const int8_t* q, const RowScale* rows, const int8_t* w, int64_t
 #pragma GCC unroll 64
     for (int r = 0; r < R; ++r) acc[r][v] = start(columns, rows[r].sum);
   }
-  for (int64_t g = 0; g < groups; ++g) {
+  const int8_t* next = w + fetch.start;
+  for (int64_t g = 0; g < groups; ++g, next += fetch.step) {
     Weights wv[P * kVectorsPerPanel];
 #pragma GCC unroll 64
     for (int v = 0; v < P * kVectorsPerPanel; ++v) {
       wv[v] = weights(w + v / kVectorsPerPanel * w_stride + (g * kPanel + v % kVectorsPerPanel * kLanes) * 4);
     }
 #pragma GCC unroll 64
-    for (int p = 0; p < P; ++p) __builtin_prefetch(w + p * w_stride + fetch.start + g * fetch.step);
+    for (int p = 0; p < P; ++p) __builtin_prefetch(next + p * w_stride);
 #pragma GCC unroll 64
     for (int r = 0; r < R; ++r) {
       dot(acc[r], wv, q + (g * R + r) * kQuadBytes);

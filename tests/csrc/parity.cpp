@@ -1,0 +1,278 @@
+// Compares every entry of one ISA's kernel table with the scalar table on seeded random data.
+//
+//   parity [seed]        built with -DPOTSTILL_ISA=<isa> and linked with the objects kernels_scalar and kernels_<isa>
+//
+// It needs no Python, so it also runs under qemu and with emulated intrinsics: that is how the kernels of instruction
+// sets that the machine lacks are checked. Every buffer ends at an unmapped page, so that reading or writing one byte
+// too many stops the program, and results are written over different fillings, so that a value left out shows.
+#include <limits>
+
+#include "../../csrc/kernels/table.h"
+#include "harness.h"
+
+#define POTSTILL_JOIN(a, b) a##b
+#define POTSTILL_SYMBOL(isa) POTSTILL_JOIN(kernels_, isa)
+extern const Kernels kernels_scalar, POTSTILL_SYMBOL(POTSTILL_ISA);
+
+namespace {
+
+const Kernels& tested = POTSTILL_SYMBOL(POTSTILL_ISA);
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+std::string at(size_t i, int64_t columns, float got, float expected) {
+  char text[120];
+  snprintf(text, sizeof(text), "[%d, %d] is %.9g, scalar %.9g", static_cast<int>(static_cast<int64_t>(i) / columns),
+           static_cast<int>(static_cast<int64_t>(i) % columns), static_cast<double>(got),
+           static_cast<double>(expected));
+  return text;
+}
+
+// ---- int8_linear: bit-identical ----
+
+enum class Data { random, special, extreme, ties };
+
+std::vector<float> activations(int64_t m, int64_t k, Data data) {
+  const std::vector<float> odd = {NAN,    kInf,    -kInf,     3.4e38f,          -3.4e38f,
+                                  1e-45f, -1e-39f, 0x1p-100f, 0x1.fffffep-101f, -0.0f};
+  std::vector<float> x(static_cast<size_t>(m * k));
+  for (int64_t r = 0; r < m; ++r) {
+    float* row = x.data() + r * k;
+    bool sparse = integer(0, 1) == 1;
+    float magnitude = std::exp2(uniform(-20, 20));
+    for (int64_t i = 0; i < k; ++i) {
+      if (data == Data::random) row[i] = normal() * magnitude;
+      if (data == Data::special) row[i] = sparse ? 0.0f : normal();
+      if (data == Data::extreme) row[i] = integer(0, 3) == 0 ? -1.0f : 1.0f;  // quantised to +-127
+      if (data == Data::ties) row[i] = static_cast<float>(integer(-127, 126)) + 0.5f;
+    }
+    if (k > 0 && data == Data::special) row[integer(0, static_cast<int>(k) - 1)] = pick(odd);
+    if (k > 0 && data == Data::ties) row[integer(0, static_cast<int>(k) - 1)] = 127.0f;  // the scale is then exactly 1
+  }
+  return x;
+}
+
+// The layout of table.h.
+void pack(const std::vector<int8_t>& w, int64_t n, int64_t k, int8_t* packed) {
+  memset(packed, 0, static_cast<size_t>(packed_panels(n) * panel_bytes(k)));
+  for (int64_t column = 0; column < n; ++column) {
+    int8_t* panel = packed + column / kPanel * panel_bytes(k);
+    int64_t lane = column % kPanel;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < k; ++i) {
+      int8_t value = w[static_cast<size_t>(column * k + i)];
+      panel[(i / 4 * kPanel + lane) * 4 + i % 4] = value;
+      sum += value;
+    }
+    memcpy(panel + (packed_groups(k) * kPanel + lane) * 4, &sum, 4);
+  }
+}
+
+void int8_linear(int64_t m, int64_t n, int64_t k, Data data, Type type, bool has_bias, Type bias_type) {
+  begin("%s int8_linear m=%d n=%d k=%d data=%d %s bias=%s", tested.name, static_cast<int>(m), static_cast<int>(n),
+        static_cast<int>(k), static_cast<int>(data), name(type), has_bias ? name(bias_type) : "none");
+  Floats x(activations(m, k, data), type);
+  std::vector<int8_t> w(static_cast<size_t>(n * k));
+  for (int8_t& value : w) {
+    value = static_cast<int8_t>(data == Data::extreme ? (integer(0, 3) == 0 ? -127 : 127) : integer(-127, 127));
+  }
+  Guarded packed(static_cast<size_t>(packed_panels(n) * panel_bytes(k)), 1, 0);
+  pack(w, n, k, packed.as<int8_t>());
+  Floats scale(static_cast<size_t>(n), Type::f32), bias(static_cast<size_t>(n), bias_type);
+  for (size_t i = 0; i < scale.size; ++i) {
+    scale.set(i, uniform(1e-4f, 1e-2f));
+    bias.set(i, normal());
+  }
+  auto run = [&](const Kernels& table, int filling, const Floats& y) {
+    Guarded scratch(table.int8_linear_scratch(m, n, k), 64, filling);
+    FloatPtr b = has_bias ? bias.pointer() : FloatPtr{nullptr, Type::f32};
+    table.int8_linear(
+        {x.pointer(), y.pointer(), packed.as<int8_t>(), scale.memory.as<float>(), b, m, n, k, scratch.as<void>()});
+  };
+  Floats expected(static_cast<size_t>(m * n), type, 0x5a), got(static_cast<size_t>(m * n), type, 0xc5);
+  run(kernels_scalar, 0x11, expected);
+  run(tested, 0x77, got);
+  std::string difference;
+  for (size_t i = 0; i < got.size && difference.empty(); ++i) {
+    // Which of two NaNs an addition keeps is the machine's choice.
+    bool same = got.bits(i) == expected.bits(i) || (std::isnan(got[i]) && std::isnan(expected[i]));
+    if (!same) difference = at(i, n, got[i], expected[i]);
+  }
+  check(difference.empty(), difference);
+}
+
+void int8_linear_shapes() {
+  std::vector<int64_t> rows = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 67};
+  for (int64_t k : {0, 1, 3, 4, 5, 63, 64, 65, 770}) {
+    for (int64_t n : {0, 1, 15, 16, 17, 48, 49, 64, 65, 130}) {
+      for (int64_t m : rows) {
+        int8_linear(m, n, k, pick<Data>({Data::random, Data::special, Data::extreme, Data::ties}),
+                    pick<Type>({Type::f32, Type::bf16}), integer(0, 2) > 0, pick<Type>({Type::f32, Type::bf16}));
+      }
+    }
+  }
+  // Every combination of data and types, on a shape with tails in all directions; more rows than one pass takes; sums
+  // above 2^24, which float32 must round.
+  for (Data data : {Data::random, Data::special, Data::extreme, Data::ties}) {
+    for (Type type : {Type::f32, Type::bf16}) {
+      int8_linear(11, 83, 75, data, type, false, Type::f32);
+      int8_linear(11, 83, 75, data, type, true, Type::f32);
+      int8_linear(11, 83, 75, data, type, true, Type::bf16);
+      int8_linear(1030, 17, 65, data, type, true, type);
+      int8_linear(7, 33, 3001, data, type, true, type);
+    }
+  }
+}
+
+// ---- kd_loss: equal up to rounding ----
+
+struct KdCase {
+  int64_t rows, v;
+  Type student, teacher;
+  float temperature, alpha, label_smoothing;
+  bool gradient, targets, infinity;
+};
+
+// The sums over v are taken in another order by each ISA, so results agree to a few roundings of the terms they are
+// sums of: a loss, of the logits' span; a gradient, of the largest probabilities, which may cancel. A bf16 gradient
+// agrees to one unit in its last place besides, at most 2^-7 of its value.
+constexpr float kTolerance = 2e-6f;
+constexpr float kSpan = 10;
+constexpr float kRowWeight = 0.37f;
+
+bool close(float got, float expected, float tolerance) {
+  if (std::isnan(got) || std::isnan(expected)) return std::isnan(got) && std::isnan(expected);
+  return got == expected || std::fabs(got - expected) <= tolerance;
+}
+
+std::vector<float> logits(const KdCase& c, int64_t stride) {
+  std::vector<float> values(static_cast<size_t>((c.rows - 1) * stride + c.v));
+  float offset = uniform(-30, 30);  // of no consequence in exact arithmetic
+  for (float& value : values) value = offset + 3 * normal();
+  if (c.infinity) values[static_cast<size_t>(integer(0, static_cast<int>(values.size()) - 1))] = -kInf;
+  return values;
+}
+
+// The largest value of softmax(row / temperature).
+float peak(const Floats& logits, size_t begin, int64_t v, float temperature) {
+  size_t end = begin + static_cast<size_t>(v);
+  float largest = -kInf;
+  for (size_t i = begin; i < end; ++i) largest = std::fmax(largest, logits[i]);
+  double sum = 0;
+  for (size_t i = begin; i < end; ++i) sum += std::exp(static_cast<double>(logits[i] - largest) / temperature);
+  return static_cast<float>(1 / sum);
+}
+
+void compare_gradients(const Floats& got, const Floats& expected, const std::vector<float>& terms, const KdCase& c) {
+  for (size_t r = 0; r < terms.size(); ++r) {
+    std::string difference;
+    for (size_t i = r * static_cast<size_t>(c.v); i < (r + 1) * static_cast<size_t>(c.v) && difference.empty(); ++i) {
+      float value = std::fabs(expected[i]);
+      float tolerance = kTolerance * (terms[r] + value) + (c.student == Type::bf16 ? value * 0x1p-7f : 0.0f);
+      if (!close(got[i], expected[i], tolerance)) difference = "gradient " + at(i, c.v, got[i], expected[i]);
+    }
+    check(difference.empty(), difference);
+  }
+}
+
+void kd_loss(const KdCase& c) {
+  begin("%s kd_loss rows=%d v=%d student=%s teacher=%s T=%g alpha=%g smoothing=%g targets=%d infinity=%d", tested.name,
+        static_cast<int>(c.rows), static_cast<int>(c.v), name(c.student), name(c.teacher),
+        static_cast<double>(c.temperature), static_cast<double>(c.alpha), static_cast<double>(c.label_smoothing),
+        c.targets, c.infinity);
+  constexpr int64_t kIgnored = -100;
+  int64_t student_stride = c.v + integer(0, 5), teacher_stride = c.v + integer(0, 5);
+  Floats student(logits(c, student_stride), c.student), teacher(logits(c, teacher_stride), c.teacher);
+  Guarded target(static_cast<size_t>(c.rows) * 8, 8, 0);
+  for (int64_t r = 0; r < c.rows; ++r) {
+    target.as<int64_t>()[r] = integer(0, 4) == 0 ? kIgnored : integer(0, static_cast<int>(c.v) - 1);
+  }
+  auto run = [&](const Kernels& table, int filling, const Floats& loss, const Floats& grad) {
+    Guarded scratch(table.kd_loss_scratch(c.rows, c.v), 64, filling);
+    KdLoss a{};
+    a.student = student.pointer();
+    a.teacher = teacher.pointer();
+    if (c.gradient) a.grad = grad.pointer();
+    if (c.targets) a.target = target.as<int64_t>();
+    a.loss = loss.memory.as<float>();
+    a.rows = c.rows;
+    a.v = c.v;
+    a.student_stride = student_stride;
+    a.teacher_stride = teacher_stride;
+    a.temperature = c.temperature;
+    a.alpha = c.alpha;
+    a.label_smoothing = c.label_smoothing;
+    a.ignore_index = kIgnored;
+    a.row_weight = kRowWeight;
+    a.scratch = scratch.as<void>();
+    table.kd_loss(a);
+  };
+  auto rows = static_cast<size_t>(c.rows), count = static_cast<size_t>(c.rows * c.v);
+  Floats expected_loss(rows, Type::f32, 0x5a), loss(rows, Type::f32, 0xc5);
+  Floats expected_grad(count, c.student, 0x5a), grad(count, c.student, 0xc5);
+  run(kernels_scalar, 0x11, expected_loss, expected_grad);
+  run(tested, 0x77, loss, grad);
+  for (size_t r = 0; r < rows; ++r) {
+    float terms = kSpan * (c.alpha * c.temperature + 1 - c.alpha);  // T^2 KL is a sum over T^2 (t - s) / T
+    float tolerance = kTolerance * (terms + std::fabs(expected_loss[r]));
+    check(close(loss[r], expected_loss[r], tolerance), "loss " + at(r, 1, loss[r], expected_loss[r]));
+  }
+  if (!c.gradient) return;
+  std::vector<float> terms(rows);
+  for (size_t r = 0; r < rows; ++r) {
+    size_t s = r * static_cast<size_t>(student_stride), t = r * static_cast<size_t>(teacher_stride);
+    float soft = std::fmax(peak(student, s, c.v, c.temperature), peak(teacher, t, c.v, c.temperature));
+    terms[r] = kRowWeight * (c.alpha * c.temperature * soft + (1 - c.alpha) * peak(student, s, c.v, 1));
+  }
+  compare_gradients(grad, expected_grad, terms, c);
+}
+
+void kd_loss_cases() {
+  for (int64_t v : {1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 100, 1000, 4097, 32003}) {
+    for (float temperature : {1.0f, 2.0f, 3.5f, 4.0f}) {
+      for (float alpha : {0.0f, 0.5f, 1.0f}) {
+        for (bool gradient : {false, true}) {
+          KdCase c{};
+          c.rows = v > 4000 ? 3 : integer(1, 9);
+          c.v = v;
+          c.student = pick<Type>({Type::f32, Type::bf16});
+          c.teacher = pick<Type>({Type::f32, Type::bf16});
+          c.temperature = temperature;
+          c.alpha = alpha;
+          c.gradient = gradient;
+          c.targets = alpha < 1 || integer(0, 1) == 1;
+          c.label_smoothing = integer(0, 1) == 1 ? 0.1f : 0.0f;
+          c.infinity = integer(0, 2) == 0;
+          kd_loss(c);
+        }
+      }
+    }
+  }
+}
+
+// ---- the ceilings: nothing to compare but that they count what they did and read what they were given ----
+
+void ceilings() {
+  begin("%s ceilings", tested.name);
+  check(tested.peak_int8(200) > 0 && tested.peak_int8(2000) == 10 * tested.peak_int8(200), "peak_int8 miscounts");
+  check(tested.peak_f32(200) > 0 && tested.peak_f32(2000) == 10 * tested.peak_f32(200), "peak_f32 miscounts");
+  Floats data(4096, Type::f32);
+  for (size_t i = 0; i < data.size; ++i) data.set(i, 1.5f);
+  int32_t largest = 0x3fc00000;  // the bits of 1.5f
+  check(tested.read_memory(data.memory.as<void>(), 16384, 2) == largest, "read_memory misreads");
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  unsigned seed = count > 1 ? static_cast<unsigned>(strtoul(arguments[1], nullptr, 10)) : 1;
+  generator.seed(seed);
+  explain_faults();
+  int8_linear_shapes();
+  kd_loss_cases();
+  ceilings();
+  if (failures > 0) {
+    fprintf(stderr, "%s: %ld of %ld checks failed (seed %u)\n", tested.name, failures, checks, seed);
+    return 1;
+  }
+  printf("%s: %ld checks passed (seed %u)\n", tested.name, checks, seed);
+}
