@@ -36,8 +36,8 @@ struct Row {
   bool (*supported)();
 };
 
+// Best first.
 const Row kTable[] = {
-    // best first
 #if defined(__x86_64__)
     {&kernels_avx512vnni, avx512vnni},
     {&kernels_avx512, avx512},
