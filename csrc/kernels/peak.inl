@@ -2,8 +2,8 @@
 
 namespace {
 
-// Independent chains: enough to hide the latency of a multiply-add on two ports (4 or 5 cycles), without spilling one of
-// 16 registers, or of AVX-512's 32.
+// Independent chains: enough to hide the latency of a multiply-add on two ports (4 or 5 cycles), without spilling one
+// of 16 registers, or of AVX-512's 32.
 constexpr int kChains = kLanes == 16 ? 12 : 8;
 
 double peak_int8(int64_t iterations) {
