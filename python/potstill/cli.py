@@ -1,0 +1,182 @@
+"""The command ``potstill``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+import potstill
+from potstill.errors import PotstillError
+from potstill.ops import OPS
+from potstill.ops.op import Sample
+from potstill.report import bench
+from potstill.report.machine import backends, machine
+from potstill.report.measure import ceilings
+
+
+class _Commands(TyperGroup):
+    """Shows an error that the user can do something about as one line, and exits with code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (PotstillError, ValueError, OSError) as error:
+            typer.echo(f"potstill: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+bench_app = typer.Typer(no_args_is_help=True, help="Time an op on your shapes against what you would call instead.")
+app.add_typer(bench_app, name="bench")
+
+Sizes = list[int]
+_ROWS, _FEATURES, _LOGITS, _CLASSES, _THREADS = [1, 32, 128], [768], [64], [1000, 32_000], [1]
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"potstill {potstill.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Make a PyTorch model smaller and faster, and prove it."""
+
+
+@app.command()
+def info() -> None:
+    """Show versions, the instruction set and threads in use, and which implementation serves each op."""
+    console = Console()
+    console.print(_facts(machine()))
+    table = Table("op", "device", "dtype", "computed by", "why")
+    for row in backends():
+        table.add_row(*(Text(row[key]) for key in ("op", "device", "dtype", "backend", "reason")))
+    console.print(table)
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Scikit-learn's digits instead of MNIST: under a minute.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the models and the report.")] = Path("potstill-demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Decides initial weights, order and shifts of the images.")] = 0,
+) -> None:
+    """Train a teacher, distil a student, convert it to int8, save, load and report, on real images.
+
+    Run it again with the same folder to continue after an interruption.
+    """
+    from potstill.demo import run
+    from potstill.report.render import show
+
+    console = Console()
+    record = run("digits" if quick else "mnist", out, seed, console)
+    show(record, console)
+    console.print(Text(f"The report: {out / 'report.html'}"))
+
+
+@bench_app.command("linear")
+def bench_linear(
+    m: Annotated[Sizes, typer.Option("--m", min=1, help="Rows of the input; repeat for several.")] = _ROWS,
+    k: Annotated[Sizes, typer.Option("--k", min=1, help="Input features; repeat for several.")] = _FEATURES,
+    n: Annotated[Sizes, typer.Option("--n", min=1, help="Output features; repeat for several.")] = _FEATURES,
+    threads: Annotated[Sizes, typer.Option(min=1, help="Threads; repeat for several.")] = _THREADS,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
+) -> None:
+    """Time the int8 linear layer, for every combination of the sizes given."""
+    _bench("int8_linear", [_linear(*sizes) for sizes in product(m, k, n)], threads, json)
+
+
+@bench_app.command("kd-loss")
+def bench_kd_loss(
+    rows: Annotated[Sizes, typer.Option("--rows", min=1, help="Rows of the logits; repeat for several.")] = _LOGITS,
+    classes: Annotated[
+        Sizes, typer.Option("--classes", min=2, help="Classes (the vocabulary); repeat for several.")
+    ] = _CLASSES,
+    temperature: Annotated[float, typer.Option(help="The softmax's temperature, above 0.")] = 2.0,
+    threads: Annotated[Sizes, typer.Option(min=1, help="Threads; repeat for several.")] = _THREADS,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
+) -> None:
+    """Time the distillation loss with its gradient, for every combination of the sizes given."""
+    samples = [_logits(r, c, temperature) for r, c in product(rows, classes)]
+    _bench("kd_loss", samples, threads, json)
+
+
+def _bench(name: str, samples: list[Sample], threads: Iterable[int], path: Path | None) -> None:
+    console = Console()
+    measured, rows = [], []
+    for count in threads:
+        limits = ceilings(count)
+        found = bench.bench_op(OPS[name], samples, count, limits=limits)
+        console.print(bench.table(f"{name} in milliseconds ({limits.isa}, threads: {count})", found))
+        measured.append(limits)
+        rows += found
+    if path is not None:
+        bench.Results(measured, rows, {}).save(path)
+        console.print(Text(f"Written: {path}"))
+
+
+def _linear(m: int, k: int, n: int) -> Sample:
+    from potstill.ops.int8_linear import pack, quantize_weight
+
+    def make() -> dict[str, Any]:
+        random = torch.Generator().manual_seed(0)
+        weight, scale = quantize_weight(torch.randn(n, k, generator=random))
+        x, bias = torch.randn(m, k, generator=random), torch.randn(n, generator=random)
+        return {"x": x, "weight": pack(weight), "scale": scale, "bias": bias}
+
+    return Sample(f"m={m} k={k} n={n}", make)
+
+
+def _logits(rows: int, classes: int, temperature: float) -> Sample:
+    def make() -> dict[str, Any]:
+        random = torch.Generator().manual_seed(0)
+        student, teacher = (torch.randn(rows, classes, generator=random).mul_(3) for _ in range(2))
+        target = torch.randint(classes, (rows,), generator=random)
+        weights = {"temperature": temperature, "alpha": 0.7, "ignore_index": -100, "label_smoothing": 0.0}
+        return {
+            "student": student,
+            "teacher": teacher,
+            "target": target,
+            "reduction": "mean",
+            "need_grad": True,
+        } | weights
+
+    return Sample(f"rows={rows} classes={classes} T={temperature:g}", make)
+
+
+def _facts(facts: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    table.add_column(style="dim")
+    rows = {
+        "potstill, torch, Python": f"{facts['potstill']}, {facts['torch']}, {facts['python']}",
+        "system": facts["system"],
+        "processor": facts["cpu"],
+        "instruction set": f"{facts['isa']} (of {', '.join(facts['isas'])}; POTSTILL_ISA chooses)",
+        "threads": f"{facts['threads']} (torch.set_num_threads changes it)",
+        "OpenMP": ", ".join(facts["openmp"]) or "none found",
+        "transparent huge pages": facts["huge_pages"],
+        "GPU": ", ".join(facts["gpus"]) or "none that torch can use",
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    return table

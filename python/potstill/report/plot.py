@@ -1,0 +1,161 @@
+"""Small charts as inline SVG: no library, no script; colours come from the page's style sheet.
+
+Every series has a class ``s0``, ``s1``... that the page gives a colour, and in line charts a marker of its own, so that
+nothing is told by colour alone. A chart is ``WIDTH`` units wide and scales with the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+WIDTH = 440
+
+_LINE = 16  # height of a line of text
+_CHARACTER = 6.6  # widest average width of a character at 12 units
+_MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l5 8.5h-10z", "M0-5l5 5-5 5-5-5z")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: its label, its length, what is written at its end, and which series colours it."""
+
+    label: str
+    value: float
+    text: str
+    series: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: its label, its values at 1, 2, 3..., and which series colours it."""
+
+    label: str
+    values: Sequence[float]
+    series: int
+
+
+def bars(title: str, axis: str, data: Sequence[Bar]) -> Markup:
+    """A horizontal bar chart from zero; raises :class:`ValueError` unless the values, none negative, are finite."""
+    row = 30
+    left = max(len(bar.label) for bar in data) * _CHARACTER + 10
+    right = max(len(bar.text) for bar in data) * _CHARACTER + 10
+    top, height = _LINE + 10, row * len(data)
+    marks = ticks(0.0, _range([bar.value for bar in data])[1], 4)
+    end = marks[-1]
+    scale = (WIDTH - left - right) / end if end else 0.0
+    parts = []
+    for mark in marks:
+        x = left + mark * scale
+        parts.append(_line(x, top, x, top + height, "grid"))
+        parts.append(_text(x, top + height + _LINE, _number(mark), "tick", "middle"))
+    for index, bar in enumerate(data):
+        y = top + index * row
+        width = max(bar.value * scale, 1.0)
+        parts.append(_text(left - 8, y + row / 2 + 4, bar.label, "label", "end"))
+        parts.append(
+            Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="2" class="s{}"/>').format(
+                _round(left), _round(y + 6), _round(width), row - 12, bar.series
+            )
+        )
+        parts.append(_text(left + width + 6, y + row / 2 + 4, bar.text, "value", "start"))
+    parts.append(_line(left, top, left, top + height, "axis"))
+    parts.append(_text(left, top + height + 2 * _LINE + 2, axis, "tick", "start"))
+    described = "; ".join(f"{bar.label}: {bar.text}" for bar in data)
+    return _chart(title, described, top + height + 2 * _LINE + 10, parts)
+
+
+def lines(title: str, x_axis: str, y_axis: str, data: Sequence[Line]) -> Markup:
+    """A line chart of curves over 1, 2, 3...; raises :class:`ValueError` unless the values are finite.
+
+    The y axis covers the values, not zero, and says so by its ticks.
+    """
+    values = [value for line in data for value in line.values]
+    longest = max(len(line.values) for line in data)
+    y_marks = ticks(*_range(values), 5)
+    x_marks = [mark for mark in ticks(1, longest, 6) if mark == int(mark) and 1 <= mark <= longest]
+    low, high = y_marks[0], y_marks[-1]
+    left = max(len(_number(mark)) for mark in y_marks) * _CHARACTER + 14
+    top, height = 2 * _LINE + 14, 170
+    width = WIDTH - left - 14
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        across = (x - 1) / max(longest - 1, 1)
+        return left + across * width, top + height - (y - low) / (high - low) * height
+
+    parts = [_text(left, 2 * _LINE + 2, y_axis, "tick", "start")]
+    for mark in y_marks:
+        y = at(1, mark)[1]
+        parts += [_line(left, y, left + width, y, "grid"), _text(left - 7, y + 4, _number(mark), "tick", "end")]
+    for mark in x_marks:
+        x = at(mark, low)[0]
+        parts += [_line(x, top + height, x, top + height + 4, "axis")]
+        parts += [_text(x, top + height + _LINE + 2, _number(mark), "tick", "middle")]
+    parts.append(_line(left, top + height, left + width, top + height, "axis"))
+    parts.append(_text(left + width / 2, top + height + 2 * _LINE + 2, x_axis, "tick", "middle"))
+    legend_x, legend_y = left, top + height + 3 * _LINE + 10
+    for line in data:
+        points = [at(x, y) for x, y in enumerate(line.values, start=1)]
+        path = " ".join(f"{_round(x)},{_round(y)}" for x, y in points)
+        parts.append(Markup('<polyline points="{}" class="line s{}"/>').format(path, line.series))
+        parts += [_marker(x, y, line.series) for x, y in points]
+        wide = len(line.label) * _CHARACTER + 34
+        if legend_x + wide > WIDTH and legend_x > left:
+            legend_x, legend_y = left, legend_y + _LINE + 4
+        parts += [
+            _marker(legend_x + 6, legend_y - 4, line.series),
+            _text(legend_x + 17, legend_y, line.label, "label", "start"),
+        ]
+        legend_x += wide
+    described = "; ".join(f"{line.label}: from {line.values[0]:.4g} to {line.values[-1]:.4g}" for line in data)
+    return _chart(title, described, legend_y + 8, parts)
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers, evenly spaced, whose first and last enclose ``low`` and ``high``.
+
+    >>> ticks(0.0, 9.3, 4)
+    [0.0, 2.5, 5.0, 7.5, 10.0]
+    """
+    span = high - low or abs(high) or 1.0
+    power = 10.0 ** math.floor(math.log10(span / count))
+    step = next(size * power for size in (1, 2, 2.5, 5, 10) if span / (size * power) <= count)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, max(last, first + 1) + 1)]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"a chart's values are not all finite: {list(values)}")
+    return min(values), max(values)
+
+
+def _chart(title: str, described: str, height: float, parts: Sequence[Markup]) -> Markup:
+    return Markup('<svg class="chart" role="img" viewBox="0 0 {} {}" aria-label="{}: {}">{}{}</svg>').format(
+        WIDTH, _round(height), title, described, _text(0, _LINE - 2, title, "title", "start"), Markup("").join(parts)
+    )
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
+    return Markup('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>').format(*map(_round, (x1, y1, x2, y2)), kind)
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str) -> Markup:
+    place = Markup('<text x="{}" y="{}" text-anchor="{}" class="{}">').format(_round(x), _round(y), anchor, kind)
+    return place + escape(text) + Markup("</text>")
+
+
+def _marker(x: float, y: float, index: int) -> Markup:
+    path = _MARKERS[index % len(_MARKERS)]
+    return Markup('<path transform="translate({} {})" d="{}" class="s{}"/>').format(_round(x), _round(y), path, index)
+
+
+def _round(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
+
+
+def _number(value: float) -> str:
+    return f"{value:g}"

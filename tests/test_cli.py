@@ -1,0 +1,120 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import potstill
+from potstill import _C, cli
+from potstill.errors import ConversionError
+from potstill.ops import OPS
+from potstill.report import bench
+from potstill.report.measure import Ceilings, Level
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"})
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short timings, and ceilings that are not measured."""
+    slow = bench.bench_op
+
+    def fast(*args: Any, **kwargs: Any) -> Any:
+        return slow(*args, **kwargs, seconds=0.01)
+
+    monkeypatch.setattr(bench, "bench_op", fast)
+    monkeypatch.setattr(
+        cli, "ceilings", lambda threads: Ceilings("cpu", _C.isa(), threads, 100.0, 50.0, (Level("DRAM", None, 10.0),))
+    )
+
+
+def test_version() -> None:
+    result = call("--version")
+    assert (result.exit_code, result.stdout) == (0, f"potstill {potstill.__version__}\n")
+
+
+def test_info_tells_the_truth() -> None:
+    result = call("info")
+    assert result.exit_code == 0
+    assert ", ".join(_C.isas()) in result.stdout
+    assert torch.__version__ in result.stdout
+    assert f"{torch.get_num_threads()} (torch" in result.stdout
+    for op in OPS.values():
+        assert op.name in result.stdout
+        for dtype in (torch.float32, torch.float16):
+            assert op.backend("cpu", dtype)[1] in result.stdout
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_linear(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "rows.json"
+    result = call("bench", "linear", "--m", "1", "--m", "3", "--k", "40", "--n", "24", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["label"] for row in rows] == ["m=1 k=40 n=24", "m=3 k=40 n=24"]
+    for row in rows:
+        assert row["label"] in result.stdout
+        assert row["ours"]["median"] > 0
+        assert "torch eager" in row["rivals"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_kd_loss(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ("--rows", "4", "--classes", "11", "--classes", "12", "--temperature", "3", "--threads", "1")
+    result = call("bench", "kd-loss", *arguments, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["label"] for row in rows] == ["rows=4 classes=11 T=3", "rows=4 classes=12 T=3"]
+    assert all(row["op"] == "kd_loss" for row in rows)
+
+
+@pytest.mark.parametrize("make", [cli._linear(2, 8, 4), cli._logits(2, 8, 1.5)], ids=lambda sample: sample.label)
+def test_samples_fit_their_op(make: Any) -> None:
+    op = OPS["int8_linear" if "k=" in make.label else "kd_loss"]
+    result = op(**make.make())
+    assert torch.isfinite(result if isinstance(result, torch.Tensor) else result[0]).all()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("bench", "linear", "--m", "0"), ("info", "--nothing"), ("bench", "kd-loss", "--classes", "x"), ("no",)],
+)
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "Usage" in result.stderr
+
+
+@pytest.mark.usefixtures("quick")
+def test_error_of_the_user_is_one_line() -> None:
+    result = call("bench", "kd-loss", "--rows", "2", "--classes", "3", "--temperature", "-1")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("potstill: kd_loss: temperature is -1")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [ConversionError("what"), ValueError("what"), FileNotFoundError("what")])
+def test_errors_of_ours_are_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "machine", fail)
+    result = call("info")
+    assert (result.exit_code, result.stderr) == (2, "potstill: what\n")
+
+
+def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "machine", fail)
+    assert isinstance(call("info").exception, ZeroDivisionError)
