@@ -67,15 +67,15 @@ torch.set_num_threads(1)
 from potstill.ops.int8_linear import int8_linear, pack
 
 weight, scale, x = pack(torch.ones(512, 512, dtype=torch.int8)), torch.ones(512), torch.ones(256, 512)
-for threads in (1, 3, 2):
+for threads in (1, 2, 3):
     torch.set_num_threads(threads)
     before = len(os.listdir("/proc/self/task"))
     int8_linear(x, weight, scale)
     print(len(os.listdir("/proc/self/task")) - before)
 """
     process = run(code)
-    # 3 threads are the caller and two new ones; libgomp ends the third when 2 are wanted.
-    assert process.stdout.split() == ["0", "2", "-1"], process.stderr
+    # The number only grows: a thread that libgomp ends may still be listed for a moment.
+    assert process.stdout.split() == ["0", "1", "1"], process.stderr
 
 
 @pytest.mark.parametrize("isa", ["avx512vnni", "avx512", "avx2", "neon", "scalar"])
