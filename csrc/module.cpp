@@ -14,6 +14,10 @@ void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle b
   TensorView xv(x, kOp, "x"), wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), yv(y, kOp, "y");
   if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, in_features]");
   int64_t m = xv.size(0), k = xv.size(1), n = sv.numel();
+  if (k > kMaxFeatures) {
+    xv.fail("has " + std::to_string(k) + " features",
+            "sums of int8 products are exact up to " + std::to_string(kMaxFeatures) + "; split the layer");
+  }
   wv.contiguous().shape({packed_panels(n), packed_groups(k) + 1, 4 * kPanel});
   sv.contiguous().shape({n});
   yv.contiguous().shape({m, n});

@@ -24,6 +24,7 @@ import potstill
 from potstill import checkpoint
 from potstill.errors import CheckpointError
 from potstill.nn import Int8Linear
+from potstill.ops.int8_linear import MAX_FEATURES
 from potstill.transform import measure
 
 
@@ -310,6 +311,16 @@ def test_other_models_are_rejected(make: Callable[[], nn.Module], message: str, 
             potstill.load(model, tmp_path / "model")
     else:
         rejected(model, tmp_path / "model", message)
+
+
+def test_layer_that_no_kernel_supports(tmp_path: Path) -> None:
+    size = MAX_FEATURES + 1
+    config = {"in_features": size, "out_features": 1, "bias": False}
+    entry = {"names": [""], "kind": "int8_linear", "config": config}
+    manifest = {"format": 1, "version": "0", "modules": [entry], "aliases": {}}
+    tensors = {"weight": torch.zeros(1, size, dtype=torch.int8), "scale": torch.ones(1)}
+    save_file(tensors, tmp_path / "model", {"potstill": json.dumps(manifest)})
+    rejected(nn.Linear(size, 1, bias=False), tmp_path / "model", "cannot be made: .*at most 133144")
 
 
 def test_float_file_into_an_int8_model(tmp_path: Path) -> None:

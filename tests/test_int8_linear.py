@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from potstill import _C
 from potstill.nn import Int8Linear
 from potstill.ops import int8_linear
-from potstill.ops.int8_linear import pack, quantize_rows, quantize_weight, unpack
+from potstill.ops.int8_linear import MAX_FEATURES, pack, quantize_rows, quantize_weight, unpack
 
 
 def integer_sums(x: Tensor, weight: Tensor) -> Tensor:
@@ -44,6 +44,22 @@ def test_extremes_do_not_saturate(isa: str, x_sign: int, w_sign: int) -> None:
     x = torch.full((7, k), 127.0 * x_sign)
     weight = torch.full((50, k), 127 * w_sign, dtype=torch.int8)
     assert torch.equal(integer_sums(x, weight), torch.full((7, 50), 127.0 * 127 * k * x_sign * w_sign))
+
+
+@pytest.mark.parametrize("isa", _C.isas())
+def test_the_longest_sum_is_exact_and_a_longer_one_raises(isa: str) -> None:
+    _C.use_isa(isa)
+    for x_sign, w_sign in [(1, 1), (-1, 1), (-1, -1)]:
+        x = torch.full((2, MAX_FEATURES), 127.0 * x_sign)
+        weight = torch.full((3, MAX_FEATURES), 127 * w_sign, dtype=torch.int8)
+        exact = torch.tensor(127.0 * 127 * MAX_FEATURES * x_sign * w_sign)  # fp32 rounds the int32 sum once
+        assert torch.equal(integer_sums(x, weight), exact.expand(2, 3))
+    x, weight = torch.ones(1, MAX_FEATURES + 1), torch.ones(1, MAX_FEATURES + 1, dtype=torch.int8)
+    for function in (int8_linear, int8_linear.reference):
+        with pytest.raises(ValueError, match="exact up to 133144"):
+            function(x, pack(weight), torch.ones(1), None)
+    with pytest.raises(ValueError, match="at most 133144"):
+        Int8Linear(MAX_FEATURES + 1, 1)
 
 
 @hypothesis.settings(deadline=None, max_examples=60)

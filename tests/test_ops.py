@@ -10,6 +10,7 @@ from torch import Tensor
 from potstill import _C
 from potstill.ops import OPS, Op
 from potstill.ops.op import Sample
+from potstill.timing import compare
 
 CASES = [
     pytest.param(op, sample, id=f"{op.name}-{sample.label}") for op in OPS.values() for sample in op.samples("test")
@@ -102,3 +103,13 @@ def test_unsupported_dtype_takes_the_reference(op: Op) -> None:
     assert op.backend("cpu", torch.float64)[0] == "reference"
     for g, e in zip(tensors(op(**arguments)), tensors(op.reference(**arguments)), strict=True):
         assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_kernel_is_really_taken(op: Op) -> None:
+    # A call that silently fell back to the reference would be as fast as the reference.
+    arguments = next(iter(op.samples("bench"))).make()
+    with torch.no_grad():
+        calls = {"op": lambda: op(**arguments), "reference": lambda: op.reference(**arguments)}
+        times = compare(calls, seconds=0.5)
+    assert times["reference"].median > 3 * times["op"].median

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrizations
 import potstill
 from potstill.errors import ConversionError
 from potstill.nn import Int8Linear
+from potstill.ops.int8_linear import MAX_FEATURES
 from potstill.timing import Timing
 from potstill.transform import measure, swap
 
@@ -313,6 +314,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "float64": (lambda: nn.Linear(8, 8).double(), "float64 is computed by plain torch"),
     "float16": (lambda: nn.Linear(8, 8).half(), "float16 is computed by plain torch"),
     "meta": (lambda: nn.Linear(8, 8, device="meta"), "meta device"),
+    "too many inputs": (lambda: nn.Linear(MAX_FEATURES + 1, 2), "int8 sums are exact up to 133144"),
     "no inputs": (lambda: nn.Linear(0, 8), "has no weights"),
     "no outputs": (lambda: nn.Linear(8, 0), "has no weights"),
     "tensor subclass": (with_subclass_weight, "TaggedWeight"),

@@ -1,9 +1,9 @@
 // y = scale_x[m] scale_w[n] (xq wq^T) + bias, with xq quantised here: per row, symmetric, to [-127, 127].
 //
 // A row's scale is max|x| / 127, and xq = round_even(x * (127 / max|x|)). A row with a NaN or an infinity gives NaN
-// outputs; one whose values are all below 2^-100 counts as zero. Sums are exact int32: 127 * 127 * k < 2^31 for
-// k <= 133,143. Bounds: m n k multiply-adds at the ISA's byte dot-product rate, n k bytes of weights at the
-// bandwidth of the memory level that holds them.
+// outputs; one whose values are all below 2^-100 counts as zero. Sums are exact int32 for k <=
+// kMaxFeatures, which the caller checks. Bounds: m n k multiply-adds at the ISA's byte dot-product rate, n k bytes of
+// weights at the bandwidth of the memory level that holds them.
 //
 // Tiles of kRows x (kPanelsPerTile * 16) sums stay in registers over all of k. A task owns a tile's panels and walks
 // down the rows, so that its weights (at most 64 k bytes) stay in L2 while the rows stream by.

@@ -8,6 +8,8 @@
 // Packed int8 weights, the same for every ISA: panels of 16 outputs; a panel is ceil(k/4) groups [16][4] of bytes
 // (the tail of k is zero), then 16 int32: the sums of its outputs' weights.
 constexpr int kPanel = 16;
+// 127 * 127 * k < 2^31: with more inputs a sum may not fit 32 bits.
+constexpr int64_t kMaxFeatures = 133144;
 constexpr int64_t packed_groups(int64_t k) { return (k + 3) / 4; }
 constexpr int64_t packed_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 constexpr int64_t panel_bytes(int64_t k) { return (packed_groups(k) + 1) * 4 * kPanel; }

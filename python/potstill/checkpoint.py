@@ -264,8 +264,11 @@ def _equal(given: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 
 def _empty(entry: _Changed, old: nn.Module, device: torch.device | str) -> nn.Module:
-    with torch.device(device):
-        layer: nn.Module = KINDS[entry.kind](**entry.config)
+    try:
+        with torch.device(device):
+            layer: nn.Module = KINDS[entry.kind](**entry.config)
+    except ValueError as error:  # sizes that the kind does not support
+        raise CheckpointError(f"load: {_some(entry.names)} cannot be made: {error}") from error
     dtypes = [p.dtype for p in old.parameters() if p.dtype.is_floating_point]
     return layer.to(dtypes[0] if dtypes else None).train(old.training)
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from potstill.ops.int8_linear import int8_linear, pack, quantize_weight, unpack
+from potstill.ops.int8_linear import MAX_FEATURES, int8_linear, pack, quantize_weight, unpack
 
 
 class Int8Linear(nn.Module):
@@ -20,7 +20,8 @@ class Int8Linear(nn.Module):
     in_features] int8 and ``scale`` as [out_features] float32; in memory the weight is kept only once, in the kernels'
     packed layout.
 
-    Raises :class:`ValueError` when the input's last dimension is not ``in_features``.
+    Raises :class:`ValueError` when the input's last dimension is not ``in_features``, or ``in_features`` is above
+    :data:`ops.int8_linear.MAX_FEATURES`.
 
     >>> linear = torch.nn.Linear(64, 32)
     >>> fast = Int8Linear.from_float(linear)
@@ -38,6 +39,10 @@ class Int8Linear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
+        if in_features > MAX_FEATURES:
+            raise ValueError(
+                f"Int8Linear: in_features is {in_features}, expected at most {MAX_FEATURES}; split the layer"
+            )
         self.in_features = in_features
         self.out_features = out_features
         zeros = torch.zeros(out_features, in_features, dtype=torch.int8)

@@ -19,6 +19,9 @@ from potstill.ops.op import Cost, Kernel, Op, Sample
 PANEL = 16
 """Outputs in one panel of packed weights."""
 
+MAX_FEATURES = (2**31 - 1) // 127**2
+"""Inputs of a layer whose integer sums fit 32 bits whatever its weights: 133,144."""
+
 _SMALLEST_ROW = 2.0**-100  # a row whose values are all smaller counts as zero; keeps 127 / max finite
 
 
@@ -84,6 +87,10 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def _check(x: Tensor, weight: Tensor, scale: Tensor) -> None:
     n, k = scale.numel(), x.shape[-1]
     expected = (-(-n // PANEL), -(-k // 4) + 1, 4 * PANEL)
+    if k > MAX_FEATURES:
+        raise ValueError(
+            f"int8_linear: x has {k} features; sums of int8 products are exact up to {MAX_FEATURES}; split the layer"
+        )
     if tuple(weight.shape) != expected:
         raise ValueError(
             f"int8_linear: packed weight has shape {list(weight.shape)}, but {n} scales and x with {k} features need "
@@ -215,8 +222,9 @@ int8_linear = Op(
 - ``weight``: int8 weights in [-127, 127], packed by :func:`pack`.
 - ``scale``: [out_features] float32; ``bias``: [out_features] or None.
 
-Returns [..., out_features] of x's dtype. The integer sums are exact; a row of x that holds a NaN or an infinity gives a
-row of NaN. The gradient of x takes the rounding as the identity (straight-through); weight and scale get none.
+Returns [..., out_features] of x's dtype. The integer sums are exact; more than :data:`MAX_FEATURES` in_features, whose
+sums might not fit 32 bits, raise :class:`ValueError`. A row of x with a NaN or an infinity gives a row of NaN. The
+gradient of x takes the rounding as the identity (straight-through); weight and scale get none.
 
 >>> integers, scale = quantize_weight(torch.eye(3))
 >>> int8_linear(torch.tensor([[1.0, 2.0, 4.0]]), pack(integers), scale).round(decimals=1)

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from potstill.nn import Int8Linear
 from potstill.ops import int8_linear
+from potstill.ops.int8_linear import MAX_FEATURES
 from potstill.transform.swap import Site
 
 
@@ -48,6 +49,8 @@ def _why_not_weight(weight: Tensor) -> str:
         return f"its weight is a {type(weight).__name__}, not a plain parameter"
     if not weight.numel():
         return "has no weights"
+    if weight.shape[1] > MAX_FEATURES:
+        return f"has {weight.shape[1]} inputs; int8 sums are exact up to {MAX_FEATURES}"
     backend, why = int8_linear.backend(weight.device.type, weight.dtype)
     if backend != "kernel":
         return why
