@@ -34,10 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from potstill.distill import STRATEGIES, Distiller, Epoch, HardLabels, History, SoftTargets, Strategy, register
 from potstill.nn import Int8Linear
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # networks as small as these only lose by a second
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- gradient accumulation

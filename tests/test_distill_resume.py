@@ -37,10 +37,7 @@ from torch.utils.data import DataLoader
 from potstill.distill import HardLabels, SoftTargets
 from potstill.errors import CheckpointError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # networks as small as these only lose by a second
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
