@@ -166,6 +166,11 @@ class Rows {
     float m_s = largest(r_.max_s, blocks), m_t = largest(r_.max_t, blocks);
     RowSums all;
     all.m_s = m_s;
+    if (blocks == 1) {  // most rows of a classifier: no factors to compute
+      all.z_s = r_.z_s[0], all.z_t = r_.z_t[0], all.z_1 = r_.z_1[0], all.a = r_.a[0];
+      r_.z_s[0] = r_.z_t[0] = r_.z_1[0] = 1.0f;
+      return all;
+    }
     for (int64_t b = 0; b < blocks; ++b) {
       float x = r_.max_s[b] - m_s, y = r_.max_t[b] - m_t;
       F soft = exponential(set1(x), soft_);

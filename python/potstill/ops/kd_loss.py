@@ -342,9 +342,10 @@ def _cost(student: Tensor, teacher: Tensor, need_grad: bool = True, **_: Any) ->
     return Cost(f32_ops=44.0 * student.numel(), bytes=float(moved * student.numel()))
 
 
-def _run(student: Tensor, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+def _run(student: Tensor, **options: Any) -> Callable[[], Any]:
     leaf = student.detach().requires_grad_()
-    return lambda: _step(leaf, lambda: kd_loss(leaf, *args, **kwargs)[0])
+    arguments = (leaf, *options.values())  # in the schema's order, as KDLoss passes them
+    return lambda: _step(leaf, lambda: kd_loss(*arguments)[0])
 
 
 def _step(leaf: Tensor, loss: Callable[[], Tensor]) -> Tensor:

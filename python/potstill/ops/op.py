@@ -10,6 +10,8 @@ import torch
 
 _LIBRARY = torch.library.Library("potstill", "DEF")
 
+_REQUIRED = object()  # in place of the default of an argument that has none
+
 OPS: dict[str, Op] = {}
 
 
@@ -88,8 +90,7 @@ class Op:
     run: Callable[..., Callable[[], Any]] | None = None
     _call: Any = field(init=False, repr=False)
     _with_gradient: Callable[..., Any] = field(init=False, repr=False)
-    _defaults: dict[str, Any] = field(init=False, repr=False)
-    _required: frozenset[str] = field(init=False, repr=False)
+    _defaults: tuple[tuple[str, Any], ...] = field(init=False, repr=False)  # name and value of every argument
 
     def __post_init__(self) -> None:
         name = self.name
@@ -103,9 +104,8 @@ class Op:
         object.__setattr__(self, "_call", getattr(torch.ops.potstill, name).default)
         object.__setattr__(self, "_with_gradient", _with_gradient(self))
         arguments = self._call._schema.arguments
-        object.__setattr__(self, "_defaults", {a.name: a.default_value for a in arguments})
-        required = frozenset(a.name for a in arguments if not a.has_default_value())
-        object.__setattr__(self, "_required", required)
+        defaults = tuple((a.name, a.default_value if a.has_default_value() else _REQUIRED) for a in arguments)
+        object.__setattr__(self, "_defaults", defaults)
         OPS[name] = self
 
     @property
@@ -149,15 +149,16 @@ class Op:
         return dispatch
 
     def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        names = list(self._defaults)
-        unknown = kwargs.keys() - set(names[len(args) :])
-        missing = [n for n in names[len(args) :] if n not in kwargs and n in self._required]
-        if unknown or missing or len(args) > len(names):
+        pop = kwargs.pop
+        named = [pop(name, default) for name, default in self._defaults[len(args) :]]
+        if kwargs or any(value is _REQUIRED for value in named) or len(args) > len(self._defaults):
+            names = [name for name, _ in self._defaults]
+            missing = [n for n, v in zip(names[len(args) :], named, strict=False) if v is _REQUIRED]
             raise TypeError(
                 f"{self.name}: takes ({', '.join(names)}); got {len(args)} positional arguments, "
-                f"unexpected {sorted(unknown)}, missing {missing}"
+                f"unexpected {sorted(kwargs)}, missing {missing}"
             )
-        return args + tuple(kwargs.get(n, self._defaults[n]) for n in names[len(args) :])
+        return (*args, *named)
 
 
 def _under_autocast(op: Op, device: str) -> Callable[..., Any]:
