@@ -9,7 +9,16 @@
 
 namespace {
 
-void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle bias, py::handle y) {
+Activation activation_of(const std::string& name) {
+  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu"};
+  for (int i = 0; i < 5; ++i) {
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  }
+  throw py::value_error("activation is '" + name + "', expected none, relu, gelu, gelu_tanh or silu");
+}
+
+void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle bias, const std::string& activation,
+                 py::handle residual, py::handle y) {
   constexpr const char* kOp = "int8_linear";
   TensorView xv(x, kOp, "x"), wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), yv(y, kOp, "y");
   if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, in_features]");
@@ -23,8 +32,20 @@ void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle b
   yv.contiguous().shape({m, n});
   FloatPtr b{nullptr, Type::f32};
   if (!bias.is_none()) b = TensorView(bias, kOp, "bias").contiguous().shape({n}).floats();
-  Int8Linear a{xv.contiguous().floats(), yv.floats(), wv.i8(), sv.f32(), b, m, n, k, nullptr};
+  Int8Linear a{};
+  a.x = xv.contiguous().floats();
+  a.y = yv.floats();
+  a.weight = wv.i8();
+  a.scale = sv.f32();
+  a.bias = b;
+  a.activation = activation_of(activation);
+  a.m = m, a.n = n, a.k = k;
   if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
+  if (!residual.is_none()) {
+    TensorView rv(residual, kOp, "residual");
+    a.residual = rv.contiguous().shape({m, n}).floats();
+    if (a.residual.type != a.x.type) rv.fail("has another dtype", "expected that of x");
+  }
   py::gil_scoped_release nogil;
   const Kernels& table = kernels();
   a.scratch = scratch(table.int8_linear_scratch(m, n, k));

@@ -14,12 +14,16 @@ constexpr int64_t packed_groups(int64_t k) { return (k + 3) / 4; }
 constexpr int64_t packed_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 constexpr int64_t panel_bytes(int64_t k) { return (packed_groups(k) + 1) * 4 * kPanel; }
 
+enum class Activation { none, relu, gelu, gelu_tanh, silu };
+
 struct Int8Linear {
   FloatPtr x;            // [m, k] row-major
   FloatPtr y;            // [m, n] row-major, of x's type
   const int8_t* weight;  // packed
   const float* scale;    // [n]
   FloatPtr bias;         // [n] or null
+  FloatPtr residual;     // [m, n] of x's type, or null; added after the activation
+  Activation activation;
   int64_t m, n, k;
   void* scratch;  // int8_linear_scratch(m, n, k) bytes, 64-byte aligned
 };

@@ -3,7 +3,16 @@ from torch import Tensor
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor, /) -> None: ...
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    y: Tensor,
+    /,
+) -> None: ...
 def kd_loss(
     student: Tensor,
     teacher: Tensor,

@@ -5,6 +5,7 @@
 // It needs no Python, so it also runs under qemu and with emulated intrinsics: that is how the kernels of instruction
 // sets that the machine lacks are checked. Every buffer ends at an unmapped page, so that reading or writing one byte
 // too many stops the program, and results are written over different fillings, so that a value left out shows.
+#include <algorithm>
 #include <limits>
 
 #include "../../csrc/kernels/table.h"
@@ -67,9 +68,11 @@ void pack(const std::vector<int8_t>& w, int64_t n, int64_t k, int8_t* packed) {
   }
 }
 
-void int8_linear(int64_t m, int64_t n, int64_t k, Data data, Type type, bool has_bias, Type bias_type) {
-  begin("%s int8_linear m=%d n=%d k=%d data=%d %s bias=%s", tested.name, static_cast<int>(m), static_cast<int>(n),
-        static_cast<int>(k), static_cast<int>(data), name(type), has_bias ? name(bias_type) : "none");
+void int8_linear(int64_t m, int64_t n, int64_t k, Data data, Type type, bool has_bias, Type bias_type,
+                 Activation activation = Activation::none, bool has_residual = false) {
+  begin("%s int8_linear m=%d n=%d k=%d data=%d %s bias=%s activation=%d residual=%d", tested.name, static_cast<int>(m),
+        static_cast<int>(n), static_cast<int>(k), static_cast<int>(data), name(type),
+        has_bias ? name(bias_type) : "none", static_cast<int>(activation), has_residual);
   Floats x(activations(m, k, data), type);
   std::vector<int8_t> w(static_cast<size_t>(n * k));
   for (int8_t& value : w) {
@@ -82,11 +85,14 @@ void int8_linear(int64_t m, int64_t n, int64_t k, Data data, Type type, bool has
     scale.set(i, uniform(1e-4f, 1e-2f));
     bias.set(i, normal());
   }
+  Floats residual(static_cast<size_t>(m * n), type);
+  for (size_t i = 0; i < residual.size; ++i) residual.set(i, normal());
   auto run = [&](const Kernels& table, int filling, const Floats& y) {
     Guarded scratch(table.int8_linear_scratch(m, n, k), 64, filling);
-    FloatPtr b = has_bias ? bias.pointer() : FloatPtr{nullptr, Type::f32};
-    table.int8_linear(
-        {x.pointer(), y.pointer(), packed.as<int8_t>(), scale.memory.as<float>(), b, m, n, k, scratch.as<void>()});
+    FloatPtr none{nullptr, Type::f32};
+    table.int8_linear({x.pointer(), y.pointer(), packed.as<int8_t>(), scale.memory.as<float>(),
+                       has_bias ? bias.pointer() : none, has_residual ? residual.pointer() : none, activation, m, n, k,
+                       scratch.as<void>()});
   };
   Floats expected(static_cast<size_t>(m * n), type, 0x5a), got(static_cast<size_t>(m * n), type, 0xc5);
   run(kernels_scalar, 0x11, expected);
@@ -95,6 +101,10 @@ void int8_linear(int64_t m, int64_t n, int64_t k, Data data, Type type, bool has
   for (size_t i = 0; i < got.size && difference.empty(); ++i) {
     // Which of two NaNs an addition keeps is the machine's choice.
     bool same = got.bits(i) == expected.bits(i) || (std::isnan(got[i]) && std::isnan(expected[i]));
+    if (activation != Activation::none) {  // multiply-adds are fused or not; a bf16 may then round the other way
+      float tolerance = (type == Type::bf16 ? 0x1p-7f : 1e-6f) * std::max(1.0f, std::fabs(expected[i]));
+      same = same || std::fabs(got[i] - expected[i]) <= tolerance;
+    }
     if (!same) difference = at(i, n, got[i], expected[i]);
   }
   check(difference.empty(), difference);
@@ -119,6 +129,9 @@ void int8_linear_shapes() {
       int8_linear(11, 83, 75, data, type, true, Type::bf16);
       int8_linear(1030, 17, 65, data, type, true, type);
       int8_linear(7, 33, 3001, data, type, true, type);
+      for (int activation = 0; activation < 5; ++activation) {
+        int8_linear(11, 83, 75, data, type, true, type, static_cast<Activation>(activation), activation % 2 == 0);
+      }
     }
   }
 }

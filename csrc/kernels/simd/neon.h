@@ -63,6 +63,7 @@ inline void store_n(bf16* p, F a, int n) {
 inline F add(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
 inline F sub(F a, F b) { return {vsubq_f32(a.v, b.v)}; }
 inline F mul(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
+inline F div(F a, F b) { return {vdivq_f32(a.v, b.v)}; }
 inline F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
 inline F zero_below(F a, F b, F x) {
   return {vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(x.v), vcltq_f32(a.v, b.v)))};

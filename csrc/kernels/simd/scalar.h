@@ -4,7 +4,7 @@
 //   kLanes                     floats (and int32s) in one vector
 //   F, I                       vectors of kLanes floats / int32s
 //   load load_n store store_n  float and bf16 memory; *_n touch only the first n lanes, load_n fills the rest
-//   set1 add sub mul fma neg round_even sum top
+//   set1 add sub mul div fma neg round_even sum top
 //   max                        the larger; if either is a NaN, the second
 //   exp2i                      its argument's bits shifted left by 23: 2^n from 1.5 * 2^23 + 127 + n, -126 <= n <= 127;
 //                              0 for n = -127
@@ -67,6 +67,7 @@ inline void store_n(bf16* p, F a, int n) {
 inline F add(F a, F b) { return {a.v + b.v}; }
 inline F sub(F a, F b) { return {a.v - b.v}; }
 inline F mul(F a, F b) { return {a.v * b.v}; }
+inline F div(F a, F b) { return {a.v / b.v}; }
 inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
 inline F max(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
 inline F neg(F a) { return {-a.v}; }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from potstill.ops.activation import check_activation
 from potstill.ops.int8_linear import MAX_FEATURES, int8_linear, pack, quantize_weight, unpack
 
 
@@ -15,8 +16,9 @@ class Int8Linear(nn.Module):
     """A linear layer with int8 weights whose input is quantised per row on the fly; see :data:`ops.int8_linear`.
 
     Input [..., in_features] of any float dtype, output [..., out_features] of the same dtype (under autocast: of the
-    autocast dtype). Float32 and bfloat16 on the CPU run compiled kernels. Gradients flow to the input; the layer itself
-    is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds ``weight`` as [out_features,
+    autocast dtype). Float32 and bfloat16 on the CPU run compiled kernels; an ``activation`` ("relu", "gelu",
+    "gelu_tanh" or "silu") is applied before the outputs leave the registers. Gradients flow to the input; the layer
+    itself is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds ``weight`` as [out_features,
     in_features] int8 and ``scale`` as [out_features] float32; in memory the weight is kept only once, in the kernels'
     packed layout.
 
@@ -33,18 +35,21 @@ class Int8Linear(nn.Module):
     """
 
     kind = "int8_linear"
+    _options: ClassVar = ("activation",)  # what its config has beside the sizes
     weight: nn.Parameter
     scale: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "none") -> None:
         super().__init__()
+        check_activation("Int8Linear", activation)
         if in_features > MAX_FEATURES:
             raise ValueError(
                 f"Int8Linear: in_features is {in_features}, expected at most {MAX_FEATURES}; split the layer"
             )
         self.in_features = in_features
         self.out_features = out_features
+        self.activation = activation
         zeros = torch.zeros(out_features, in_features, dtype=torch.int8)
         self.weight = nn.Parameter(pack(zeros), requires_grad=False)
         self.register_buffer("scale", torch.ones(out_features))
@@ -52,10 +57,10 @@ class Int8Linear(nn.Module):
         self.register_parameter("bias", zero_bias)  # also when it is None
 
     @classmethod
-    def from_float(cls, linear: nn.Linear) -> Self:
-        """The int8 form of ``linear``; the bias's memory is shared with it, not copied."""
+    def from_float(cls, linear: nn.Linear, activation: str = "none") -> Self:
+        """The int8 form of ``linear`` and an activation after it; the bias's memory is shared, not copied."""
         with torch.device(linear.weight.device):
-            layer = cls(linear.in_features, linear.out_features, bias=False)
+            layer = cls(linear.in_features, linear.out_features, bias=False, activation=activation)
         integers, scale = quantize_weight(linear.weight)
         layer.weight.data, layer.scale = pack(integers), scale
         if linear.bias is not None:
@@ -63,8 +68,17 @@ class Int8Linear(nn.Module):
         layer.train(linear.training)
         return layer
 
+    @classmethod
+    def fits(cls, module: nn.Module, config: dict[str, Any]) -> bool:
+        """Whether ``module`` is a float layer that a layer of this ``config`` may stand for."""
+        if type(module) is not nn.Linear or not config.keys() <= {"in_features", "out_features", "bias", *cls._options}:
+            return False
+        sizes = (module.in_features, module.out_features, module.bias is not None)
+        given = (config.get("in_features"), config.get("out_features"), config.get("bias"))
+        return given == sizes and [*map(type, given)] == [*map(type, sizes)]  # True == 1
+
     def to_float(self) -> nn.Linear:
-        """A float32 ``nn.Linear`` with the dequantised weight and a copy of the bias."""
+        """A float32 ``nn.Linear`` with the dequantised weight and a copy of the bias, without the activation."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
         with torch.no_grad():
             linear.weight.copy_(self.int8_weight().float() * self.scale[:, None])
@@ -78,14 +92,15 @@ class Int8Linear(nn.Module):
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bias": self.bias is not None,
+            "activation": self.activation,
         }
 
     def int8_weight(self) -> Tensor:
         """The integers as [out_features, in_features]."""
         return unpack(self.weight, self.out_features, self.in_features)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features], plus ``residual`` of that shape if it is given."""
         # nn.Module.__getattr__ is slow beside a small layer: the dictionaries are read directly.
         parameters = self._parameters
         if x.shape[-1] != self.in_features:
@@ -93,11 +108,14 @@ class Int8Linear(nn.Module):
                 f"Int8Linear: x has {x.shape[-1]} features, expected in_features={self.in_features}; "
                 f"x has shape {list(x.shape)}"
             )
-        return int8_linear(x, parameters["weight"], self._buffers["scale"], parameters["bias"])  # type: ignore[no-any-return]
+        return int8_linear(  # type: ignore[no-any-return]
+            x, parameters["weight"], self._buffers["scale"], parameters["bias"], self.activation, residual
+        )
 
     def extra_repr(self) -> str:
         """Sizes, as ``nn.Linear`` prints them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return text if self.activation == "none" else f"{text}, activation={self.activation!r}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # .half() and .to(bfloat16) change float tensors; scales follow the device only.

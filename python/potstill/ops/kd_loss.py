@@ -344,7 +344,7 @@ def _cost(student: Tensor, teacher: Tensor, need_grad: bool = True, **_: Any) ->
 
 def _run(student: Tensor, **options: Any) -> Callable[[], Any]:
     leaf = student.detach().requires_grad_()
-    arguments = (leaf, *options.values())  # in the schema's order, as KDLoss passes them
+    arguments = kd_loss.positional(leaf, **options)  # as KDLoss passes them
     return lambda: _step(leaf, lambda: kd_loss(*arguments)[0])
 
 

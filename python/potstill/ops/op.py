@@ -116,7 +116,7 @@ class Op:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the op through torch's dispatcher, and through autograd if a gradient is needed."""
         if kwargs or len(args) != len(self._defaults):
-            args = self._positional(args, kwargs)
+            args = self.positional(*args, **kwargs)
         if torch.is_grad_enabled():
             for position in self.differentiable:
                 argument = args[position]
@@ -148,7 +148,8 @@ class Op:
 
         return dispatch
 
-    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def positional(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """All arguments in the schema's order, defaults filled in; raises :class:`TypeError` for wrong ones."""
         pop = kwargs.pop
         named = [pop(name, default) for name, default in self._defaults[len(args) :]]
         if kwargs or any(value is _REQUIRED for value in named) or len(args) > len(self._defaults):

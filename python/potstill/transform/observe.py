@@ -82,30 +82,35 @@ def observe(
     Torch's fused paths are off, so that every layer is called. Hooks, training flags and the state of torch's random
     numbers are as before afterwards, also when the model raises.
     """
+    calls, runs = {layer: Calls() for layer in layers}, {block: Runs() for block in blocks}
+    handles = []
+    try:
+        for layer, call in calls.items():
+            handles.append(layer.register_forward_pre_hook(call.note, with_kwargs=True))
+        for block, seen in runs.items():
+            handles.append(block.register_forward_pre_hook(seen.note, with_kwargs=True))
+        run(model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls, runs
+
+
+def run(model: nn.Module, sample: Sample) -> Any:
+    """The outputs of ``model`` for ``sample``, in eval mode and without gradients or torch's fused paths.
+
+    Training flags and the state of torch's random numbers are as before afterwards, also when the model raises.
+    """
     if not isinstance(sample, Tensor | tuple | Mapping):
         raise TypeError(
             f"sample_input is a {type(sample).__name__}, expected a tensor, a tuple of positional arguments or a "
             "mapping of keyword arguments"
         )
-    calls, runs = {layer: Calls() for layer in layers}, {block: Runs() for block in blocks}
     gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    handles = []
-    try:
-        for layer, call in calls.items():
-            handles.append(layer.register_forward_pre_hook(call.note, with_kwargs=True))
-        for block, run in runs.items():
-            handles.append(block.register_forward_pre_hook(run.note, with_kwargs=True))
-        with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=sorted(gpus)), unfused():
-            if isinstance(sample, Tensor):
-                model(sample)
-            elif isinstance(sample, tuple):
-                model(*sample)
-            else:
-                model(**sample)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls, runs
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=sorted(gpus)), unfused():
+        if isinstance(sample, Tensor):
+            return model(sample)
+        return model(*sample) if isinstance(sample, tuple) else model(**sample)
 
 
 @contextmanager
