@@ -323,7 +323,7 @@ def test_include_and_exclude() -> None:
 def test_pattern_without_a_match_raises(pattern: object, near: str) -> None:
     model = Containers()
     for argument in ("include", "exclude"):
-        with pytest.raises(ConversionError, match=f"^{argument}: .* matches no linear layer") as error:
+        with pytest.raises(ConversionError, match=f"^{argument}: .* matches no layer that could be converted") as error:
             convert(model, **{argument: ["*", pattern]})
         assert near in str(error.value)
     assert not any(isinstance(m, Int8Linear) for m in model.modules())

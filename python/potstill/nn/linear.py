@@ -54,13 +54,30 @@ class Int8Linear(nn.Module):
     @classmethod
     def from_float(cls, linear: nn.Linear) -> Self:
         """The int8 form of ``linear``; the bias's memory is shared with it, not copied."""
-        with torch.device(linear.weight.device):
-            layer = cls(linear.in_features, linear.out_features, bias=False)
-        integers, scale = quantize_weight(linear.weight)
+        return cls.from_integers(*quantize_weight(linear.weight), linear.bias).train(linear.training)
+
+    @classmethod
+    def from_integers(cls, integers: Tensor, scale: Tensor, bias: Tensor | None = None) -> Self:
+        """The layer with the weight ``integers * scale[:, None]``; the bias's memory is shared, not copied.
+
+        ``integers``: [out_features, in_features] int8 in [-127, 127]; ``scale``: [out_features] float32.
+        Raises :class:`ValueError` if they are anything else.
+        """
+        if integers.dtype != torch.int8 or integers.dim() != 2 or bool((integers == -128).any()):
+            raise ValueError(
+                f"Int8Linear: integers are {integers.dtype} {list(integers.shape)}, expected int8 "
+                "[out_features, in_features] with values in [-127, 127]"
+            )
+        if scale.dtype != torch.float32 or scale.shape != integers.shape[:1]:
+            raise ValueError(
+                f"Int8Linear: scale is {scale.dtype} {list(scale.shape)}, expected float32 [{len(integers)}]: one for "
+                "each output"
+            )
+        with torch.device(integers.device):
+            layer = cls(integers.shape[1], integers.shape[0], bias=False)
         layer.weight.data, layer.scale = pack(integers), scale
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        layer.train(linear.training)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
 
     def to_float(self) -> nn.Linear:

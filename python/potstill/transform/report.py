@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,24 +14,28 @@ class LayerRow:
 
     - ``names``: every dotted name of the layer in the model; ``""`` is the model itself.
     - ``kind``: the class it had; ``shape``: (out_features, in_features).
-    - ``action``: what it is now: ``"int8"``, or ``"kept"`` as it was; ``reason``: why.
+    - ``action``: what it is now: ``"int8"``, ``"int4"``, or ``"kept"`` as it was; ``reason``: why.
     - ``bytes_before``, ``bytes_after``: its parameters and buffers; those shared with other layers count in each.
-    - ``ms_before``, ``ms_after``: milliseconds of the float and of the int8 form, as :attr:`Report.measured` says; None
-      where nothing was measured. A layer that was kept because int8 is slower has both.
-    - ``snr_db``: 10 log10(sum y^2 / sum (y - y_int8)^2) of its outputs; None where not measured or the same.
+    - ``ms_before``, ``ms_after``: milliseconds of the float and of the new form, as :attr:`Report.measured` says; None
+      where nothing was measured. A layer that was kept because it would be slower has both.
+    - ``snr_db``: 10 log10(sum y^2 / sum (y - y_new)^2) of its outputs; None where not measured or the same.
+    - ``rounding``: how its weights were rounded: ``"nearest"``, or the method of :func:`calibrate_`; "" if kept.
+    - ``nearest_snr_db``: ``snr_db`` if a calibrated layer had been rounded to nearest.
     - ``rows``: input rows of a call -> calls with so many, in one run of the sample.
     """
 
     names: tuple[str, ...]
     kind: str
-    shape: tuple[int, int]
-    action: Literal["int8", "kept"]
+    shape: tuple[int, ...]
+    action: str
     reason: str
     bytes_before: int
     bytes_after: int
     ms_before: float | None
     ms_after: float | None
     snr_db: float | None
+    rounding: str
+    nearest_snr_db: float | None
     rows: dict[int, int]
 
 
@@ -114,6 +118,8 @@ class Report:
             ratio = self.ms_before / self.ms_after
             yield f"time of the layers: {self.ms_before:.3g} -> {self.ms_after:.3g} ms ({ratio:.2f} times the speed)"
             yield f"times are {self.measured}"
+        if any(row.nearest_snr_db is not None for row in self.rows):
+            yield "SNR of calibrated layers: with weights rounded to nearest -> as calibrated"
 
 
 def _cells(row: LayerRow) -> tuple[str, ...]:
@@ -123,7 +129,9 @@ def _cells(row: LayerRow) -> tuple[str, ...]:
         size += f" -> {_size(row.bytes_after)}"
     ms = "" if row.ms_before is None or row.ms_after is None else f"{row.ms_before:.3g} -> {row.ms_after:.3g}"
     snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
-    return names, f"{row.shape[0]} x {row.shape[1]}", row.action, size, ms, snr, row.reason
+    if row.nearest_snr_db is not None:
+        snr = f"{row.nearest_snr_db:.1f} -> {snr}"
+    return names, " x ".join(map(str, row.shape)), row.action, size, ms, snr, row.reason
 
 
 def _size(count: int) -> str:
