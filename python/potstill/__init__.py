@@ -4,7 +4,22 @@ import torch  # noqa: F401  # first: the extension then shares torch's OpenMP ru
 
 from potstill import nn, ops
 from potstill.checkpoint import load, save
-from potstill.transform import Int4, Int8, LayerRow, Mixed, Report, quantize_
+from potstill.transform import Calibration, CalibrationRow, Int4, Int8, LayerRow, Mixed, Report, calibrate_, quantize_
 
 __version__ = "0.1.0"
-__all__ = ["Int4", "Int8", "LayerRow", "Mixed", "Report", "__version__", "load", "nn", "ops", "quantize_", "save"]
+__all__ = [
+    "Calibration",
+    "CalibrationRow",
+    "Int4",
+    "Int8",
+    "LayerRow",
+    "Mixed",
+    "Report",
+    "__version__",
+    "calibrate_",
+    "load",
+    "nn",
+    "ops",
+    "quantize_",
+    "save",
+]

@@ -1,7 +1,18 @@
 """Changes a model in place, one kind of change per file; every change reports what it did and why."""
 
+from potstill.transform.calibrate import Calibration, CalibrationRow, calibrate_
 from potstill.transform.configs import Int4, Int8, Mixed
 from potstill.transform.quantize import quantize_
 from potstill.transform.report import LayerRow, Report
 
-__all__ = ["Int4", "Int8", "LayerRow", "Mixed", "Report", "quantize_"]
+__all__ = [
+    "Calibration",
+    "CalibrationRow",
+    "Int4",
+    "Int8",
+    "LayerRow",
+    "Mixed",
+    "Report",
+    "calibrate_",
+    "quantize_",
+]

@@ -55,7 +55,11 @@ def autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
 def snr_db(wanted: Tensor, other: Tensor) -> float | None:
     """10 log10(sum y^2 / sum (y - y')^2); None if that is no number."""
     y, changed = wanted.double(), other.double()
-    signal, noise = float(y.square().sum()), float((y - changed).square().sum())
+    return decibels(float(y.square().sum()), float((y - changed).square().sum()))
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise); None if that is no number."""
     defined = 0 < signal < math.inf and 0 < noise < math.inf
     return 10 * math.log10(signal / noise) if defined else None
 

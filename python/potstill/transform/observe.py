@@ -166,3 +166,27 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def inputs_of(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the model in an item of a loader, as :class:`distill.Distiller` takes items apart.
+
+    A tensor is the only argument and a mapping holds keyword arguments; of a tuple or list ``(input, ..., target)`` the
+    target is left out, and an only input that is a tuple, list or mapping is spread.
+
+    >>> inputs_of((torch.zeros(2), torch.tensor(1)))
+    ((tensor([0., 0.]),), {})
+    """
+    if isinstance(item, Tensor):
+        return (item,), {}
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if not isinstance(item, tuple | list) or not item:
+        raise TypeError(
+            f"the loader yielded a {type(item).__name__}, expected a tensor, a mapping of keyword arguments, or a "
+            "tuple (input, ..., target)"
+        )
+    inputs = item[:-1] if len(item) > 1 else item
+    if len(inputs) == 1 and isinstance(inputs[0], Mapping):
+        return (), dict(inputs[0])
+    return tuple(inputs[0] if len(inputs) == 1 and isinstance(inputs[0], tuple | list) else inputs), {}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from potstill.transform.table import text_table
 
 
 @dataclass(frozen=True)
@@ -91,24 +92,7 @@ class Report:
 
     def __str__(self) -> str:
         """A table for a terminal of 120 columns."""
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
-        table.add_column("layer", overflow="fold")
-        for title in ("out x in", "now", "size", "ms", "SNR dB"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("why", overflow="fold")
-        for row in self.rows:
-            table.add_row(*(Text(cell) for cell in _cells(row)))
-        console = Console(file=io.StringIO(), width=120, color_system=None, force_terminal=False, legacy_windows=False)
-        console.print(table)
-        for line in self._summary():
-            console.print(Text(line))
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        return text_table(("out x in", "now", "size", "ms", "SNR dB"), map(_cells, self.rows), self._summary())
 
     def _summary(self) -> Iterable[str]:
         yield f"{len(self.converted)} of {len(self.rows)} layers converted"

@@ -15,6 +15,7 @@ from potstill.ops.int8_linear import MAX_FEATURES
 from potstill.ops.op import Op
 from potstill.transform.configs import Int8
 from potstill.transform.eligible import why_not_plain, why_not_weight
+from potstill.transform.grid import Grid
 from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, autocast_dtype
 from potstill.transform.rounding import Rounding
 from potstill.transform.rules.rule import Arguments, Rule
@@ -96,6 +97,10 @@ class LinearToInt8(LinearRule):
     def too_long(self, features: int) -> str:
         """See :class:`LinearRule`."""
         return f"has {features} inputs; int8 sums are exact up to {MAX_FEATURES}" if features > MAX_FEATURES else ""
+
+    def grid(self, config: Int8) -> Grid:
+        """That of :func:`ops.int8_linear.quantize_weight`."""
+        return Grid(-127, 127, group=None, symmetric=True)
 
     def build(self, module: nn.Linear, config: Int8, rounding: Rounding | None) -> Int8Linear:
         """See :class:`Rule`."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import nn
 
 from potstill.transform.configs import Config
+from potstill.transform.grid import Grid
 from potstill.transform.observe import Call, Calls
 from potstill.transform.rounding import Rounding
 from potstill.transform.swap import Site
@@ -66,6 +67,10 @@ class Rule(ABC, Generic[C]):
     @abstractmethod
     def shape(self, module: Any) -> tuple[int, ...]:
         """(outputs, inputs), or whatever sizes tell of the module most."""
+
+    def grid(self, config: Any) -> Grid | None:
+        """What its weight is rounded to, if :func:`calibrate_` can do that; then ``build`` is given the result."""
+        return None
 
     def weights(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the parameters that are quantised; what is tied to them matters."""
