@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
 
 from potstill.transform.swap import Pattern
 
@@ -44,7 +46,8 @@ class Mixed:
     """Another config for each layer: ``layers`` maps wildcards for dotted names, or module types, to configs or None.
 
     The first pattern that matches a layer decides; None keeps the layer as it is, and so does no match. Whoever reads a
-    ``Mixed`` raises :class:`ConversionError` if a pattern matches no layer of the model.
+    ``Mixed`` raises :class:`ConversionError` if a pattern matches no layer of the model. It prints as Python; ``notes``
+    are printed behind their lines.
 
     >>> Mixed({"lm_head": None, "*.mlp.*": Int4(group_size=64), "*": Int8()})
     Mixed({
@@ -55,6 +58,39 @@ class Mixed:
     """
 
     layers: Mapping[Pattern, Config | None]
+    notes: Mapping[Pattern, str] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def auto(
+        cls,
+        model: nn.Module,
+        loader: Iterable[Any],
+        average_bits: float,
+        candidates: Iterable[Config | None] = (Int4(), Int8()),
+        quiet: bool = False,
+    ) -> Mixed:
+        """The configs by which the output of ``model`` changes least, with ``average_bits`` per weight at most.
+
+        - ``loader``: a few batches of inputs, as for :func:`calibrate_`.
+        - ``average_bits``: over the weights of the layers that can get one of the ``candidates``; scales do not count.
+        - ``candidates``: what a layer may become; None for as it is.
+
+        How sensitive a layer is, is measured: it alone is replaced by each candidate, and the relative squared error of
+        the model's output is noted. The errors of several layers count as their sum, as in ZeroQ (Cai et al. 2020,
+        "ZeroQ: A Novel Zero Shot Quantization Framework", section 3.2, with the Kullback-Leibler divergence for the
+        error); then bits go to the layers where they save most error per bit. That takes a run of the model for each
+        layer, candidate and batch. The notes tell the errors.
+
+        Raises :class:`PotstillError` if the candidates need more bits, or the loader yields nothing.
+
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+        >>> mixed = Mixed.auto(model, [torch.randn(32, 64)], average_bits=20, candidates=[Int8(), None])
+        >>> sorted(mixed.layers), list(mixed.layers.values()).count(None)
+        (['0', '2'], 1)
+        """
+        from potstill.transform.sensitivity import choose  # which has to know this class
+
+        return choose(model, loader, average_bits, candidates, quiet)
 
     def __post_init__(self) -> None:
         for pattern, config in self.layers.items():
@@ -62,8 +98,9 @@ class Mixed:
                 raise TypeError(f"Mixed: {pattern!r} is mapped to {config!r}, expected Int8(), Int4(...) or None")
 
     def __repr__(self) -> str:
-        lines = [
-            f"    {pattern.__name__ if isinstance(pattern, type) else repr(pattern)}: {config!r},\n"
-            for pattern, config in self.layers.items()
-        ]
+        lines = []
+        for pattern, config in self.layers.items():
+            name = pattern.__name__ if isinstance(pattern, type) else repr(pattern)
+            note = f"  # {self.notes[pattern]}" if pattern in self.notes else ""
+            lines.append(f"    {name}: {config!r},{note}\n")
         return f"Mixed({{\n{''.join(lines)}}})"

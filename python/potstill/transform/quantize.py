@@ -7,11 +7,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from potstill.transform.build import build
 from potstill.transform.configs import Config, Int8, Mixed
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
 from potstill.transform.observe import BlockCalls, Call, Sample, evaluating, observe, unfused
 from potstill.transform.report import Report
-from potstill.transform.rounding import forget, recall
+from potstill.transform.rounding import forget
 from potstill.transform.rows import model_bytes, rows_of, what_was_measured
 from potstill.transform.survey import Layer, keep, outermost, survey, tied_groups
 from potstill.transform.swap import Pattern, Site, fast_path_blocks, replace
@@ -98,7 +99,7 @@ def _decide(
     while open_layers:
         now = outermost(open_layers)
         groups = tied_groups(model, layers, now)
-        _build(groups)
+        build(groups)
         _measure(now, blocks, sampled)
         if only_if_faster:
             _keep_slower(groups)
@@ -108,23 +109,6 @@ def _decide(
             part.whole = next((whole for whole in now if not whole.kept and part.inside(whole)), None)
         open_layers = [part for part in parts if part.whole is None]
     return done
-
-
-def _build(groups: list[list[Layer]]) -> None:
-    """Makes the new forms; layers with one weight get one new weight, with one bias one bias."""
-    biases: dict[int, nn.Parameter] = {}
-    for group in groups:
-        for layer in group:
-            if layer.kept or layer.rule is None or layer.config is None:
-                continue
-            rounding, layer.note = recall(layer.site.module, layer.config)
-            layer.rounding = rounding.method if rounding else "nearest"
-            layer.new = new = layer.rule.build(layer.site.module, layer.config, rounding)
-            old_bias, new_bias = (getattr(module, "bias", None) for module in (layer.site.module, new))
-            if isinstance(new_bias, nn.Parameter):
-                new.bias = biases.setdefault(id(old_bias), new_bias)
-            if layer is not group[0]:
-                layer.rule.share(group[0].new, new)
 
 
 def _measure(layers: list[Layer], blocks: list[Site], sampled: bool) -> None:

@@ -31,18 +31,21 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor, T
 
     Returns int8 [n, k]; the scale and zero, [n] or with groups [n, groups]; and the damping that was needed.
     """
-    factor, damping = inverse_factor(hessian)
+    order = torch.arange(len(hessian), device=hessian.device)
+    if grid.group is None:  # strongest inputs first: what is rounded last has the fewest others to make up for it
+        order = hessian.diagonal().argsort(descending=True)  # groups gain nothing by it, as they must stay together
+    factor, damping = inverse_factor(hessian[order][:, order])
     importance = factor.diagonal().square().reciprocal()
-    columns = weight.detach().float().t().contiguous()
+    columns = weight.detach().float().t()[order]
     integers = torch.empty_like(columns, dtype=torch.int8)
+    size = grid.group or len(columns)
     fits = []
     for start in range(0, len(columns), _BLOCK):
         block = columns[start : start + _BLOCK]
         stop, errors = start + len(block), torch.empty_like(block)
         for i, column in enumerate(block, start):
-            if i % (grid.group or len(columns)) == 0:
-                group = slice(i, i + (grid.group or len(columns)))
-                scale, zero = grid.fit(columns[group].t(), importance[group])
+            if i % size == 0:
+                scale, zero = grid.fit(columns[i : i + size].t(), importance[i : i + size])
                 fits.append((scale, zero))
             rounded = grid.round(column, scale, zero)
             integers[i] = rounded
@@ -51,7 +54,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor, T
             errors[i - start] = error
         columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
     scales, zeros = zip(*fits, strict=True)
-    return integers.t().contiguous(), *grid.stack(scales, zeros), damping
+    return integers[order.argsort()].t().contiguous(), *grid.stack(scales, zeros), damping
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,12 +13,12 @@ from potstill.errors import PotstillError
 from potstill.transform.calibrate.clip import round_by_groups
 from potstill.transform.calibrate.gptq import FactorisationError, gptq
 from potstill.transform.calibrate.moments import Moments, chunks
-from potstill.transform.calibrate.progress import Bar
 from potstill.transform.calibrate.report import Calibration, CalibrationRow
 from potstill.transform.calibrate.weights import Weight, weights_of
 from potstill.transform.configs import Config, Int8, Mixed
 from potstill.transform.measure import decibels
 from potstill.transform.observe import inputs_of, watching
+from potstill.transform.progress import Bar
 from potstill.transform.rounding import Rounding, digest, remember
 
 
@@ -59,7 +59,7 @@ def calibrate_(
     _check(loader, config, method)
     weights = weights_of(model, config)
     parts = chunks(weights, memory) if method == "gptq" else [weights]
-    if len(parts) > 1 and iter(loader or ()) is loader:
+    if len(parts) > 1 and isinstance(loader, Iterator):
         raise PotstillError(
             f"calibrate_: the loader can be run over only once, but the second moments need {len(parts)} runs in "
             f"{memory:,} bytes; give a list or a DataLoader, or allow more memory"

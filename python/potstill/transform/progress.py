@@ -1,4 +1,4 @@
-"""The progress bar of a calibration."""
+"""The progress of work that takes long."""
 
 from __future__ import annotations
 
