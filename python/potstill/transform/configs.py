@@ -78,8 +78,8 @@ class Mixed:
         How sensitive a layer is, is measured: it alone is replaced by each candidate, and the relative squared error of
         the model's output is noted. The errors of several layers count as their sum, as in ZeroQ (Cai et al. 2020,
         "ZeroQ: A Novel Zero Shot Quantization Framework", section 3.2, with the Kullback-Leibler divergence for the
-        error); then bits go to the layers where they save most error per bit. That takes a run of the model for each
-        layer, candidate and batch. The notes tell the errors.
+        error), and the choice with the least sum is found exactly. That takes a run of the model for each layer,
+        candidate and batch. The notes tell the errors.
 
         Raises :class:`PotstillError` if the candidates need more bits, or the loader yields nothing.
 

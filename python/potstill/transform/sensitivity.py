@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,32 +52,37 @@ def choose(
 
 
 def spend(options: Sequence[Sequence[Option]], budget: int) -> list[Option]:
-    """One of each options, so that their bits are at most ``budget`` and their errors sum to little.
+    """One of each options, so that their bits are at most ``budget`` and the sum of their errors is least.
 
-    From the fewest bits on, the step that saves most error per bit is taken, of those that still fit. That solves the
-    linear relaxation of the multiple-choice knapsack problem (Sinha and Zoltners 1979), so that the sum is above the
-    least one by no more than what one step saves.
+    The multiple-choice knapsack problem, by dynamic programming over the bits beyond the fewest. They count in units
+    that divide all of them, or in 1/65536 of what there is to spend, rounded up, if that is more. Of equal errors the
+    one with the fewest bits is taken.
     """
-    chosen = [min(choices, key=lambda option: (option.bits, option.error)) for choices in options]
-    spent = sum(option.bits for option in chosen)
-    if spent > budget:
-        size = sum(_size(option.group) for option in chosen)
+    sorts = [sorted(choices, key=lambda option: option.bits) for choices in options]
+    fewest = sum(choices[0].bits for choices in sorts)
+    if fewest > budget:
+        weights = sum(_size(choices[0].group) for choices in sorts)
         raise PotstillError(
-            f"Mixed.auto: average_bits is {budget / max(size, 1):.4g}, but the candidates with the fewest bits have "
-            f"{spent / max(size, 1):.4g} on average; give candidates with fewer bits"
+            f"Mixed.auto: average_bits is {budget / weights:.4g}, but the candidates with the fewest bits have "
+            f"{fewest / weights:.4g} on average; give candidates with fewer bits"
         )
-    while True:
-        steps = [
-            ((old.error - new.error) / (new.bits - old.bits), place, new)
-            for place, (old, choices) in enumerate(zip(chosen, options, strict=True))
-            for new in choices
-            if new.error < old.error and old.bits < new.bits <= budget - spent + old.bits
-        ]
-        if not steps:
-            return chosen
-        _, place, new = max(steps, key=lambda step: step[0])
-        spent += new.bits - chosen[place].bits
-        chosen[place] = new
+    extra = [[option.bits - choices[0].bits for option in choices] for choices in sorts]
+    budget = min(budget - fewest, sum(map(max, extra)))
+    unit = max(math.gcd(*itertools.chain(*extra)), -(-budget // 65536), 1)
+    units = [[-(-bits // unit) for bits in own] for own in extra]
+    least = np.zeros(budget // unit + 1)  # least[u]: the least error of the layers so far for u units at most
+    picks = []
+    for choices, costs in zip(sorts, units, strict=True):
+        sums = np.full((len(choices), len(least)), np.inf)
+        for row, option, cost in zip(sums, choices, costs, strict=True):
+            row[cost:] = least[: max(len(least) - cost, 0)] + option.error
+        picks.append(sums.argmin(axis=0))
+        least = sums.min(axis=0)
+    chosen, left = [], len(least) - 1
+    for choices, costs, pick in zip(sorts[::-1], units[::-1], picks[::-1], strict=True):
+        chosen.append(choices[pick[left]])
+        left -= costs[pick[left]]
+    return chosen[::-1]
 
 
 def _options(model: nn.Module, candidates: Mapping[Config | None, None]) -> list[list[Option]]:
