@@ -155,6 +155,23 @@ def test_weights_tied_between_blocks() -> None:
     assert type(model.first.up) is Int8Linear
 
 
+def test_parts_of_a_block_are_rounded_as_calibrated() -> None:
+    torch.manual_seed(0)
+    model, mix = Model(), torch.randn(4, 16)
+    data = [torch.randn(256, 4) @ mix for _ in range(4)]
+    calibration = potstill.calibrate_(model, data)
+    assert [r.names[0] for r in calibration.rows] == ["first.up", "first.down", "second.up", "second.down", "head"]
+    with torch.no_grad():
+        model.second.up.weight += 1e-3
+    report = convert(model, sample_input=data[0])
+    assert kinds(model) == [FastBlock, FastBlock, Int8Linear]
+    first = row(report, "first")
+    assert first.rounding == "gptq"
+    assert first.snr_db > first.nearest_snr_db
+    assert "up: its weight has changed since calibrate_" in row(report, "second").reason
+    assert not any("calibrated_rounding" in vars(m) for m in model.modules())
+
+
 def test_sensitivity_looks_at_parts() -> None:
     mixed = Mixed.auto(Model(), [torch.randn(4, 16)], 8, [Int8()])
     assert list(mixed.layers) == ["first.up", "first.down", "second.up", "second.down", "head"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from potstill.transform.observe import BlockCalls, Call, Sample, evaluating, obs
 from potstill.transform.report import Report
 from potstill.transform.rounding import forget
 from potstill.transform.rows import model_bytes, rows_of, what_was_measured
+from potstill.transform.rules.rule import Rule
 from potstill.transform.survey import Layer, keep, outermost, survey, tied_groups
 from potstill.transform.swap import Pattern, Site, fast_path_blocks, replace
 
@@ -112,54 +114,51 @@ def _decide(
 
 
 def _measure(layers: list[Layer], blocks: list[Site], sampled: bool) -> None:
+    made = [(x, x.rule, x.new) for x in layers if x.rule is not None and x.new is not None]
     comparisons: dict[Hashable, dict[str, Callable[[], object]]] = {}  # layers that are alike are timed once
-    for layer in layers:
-        for call in _calls(layer, sampled) if layer.new is not None else ():
-            if _alike(layer, call) not in comparisons:
-                comparisons[_alike(layer, call)] = _forms(layer, call, blocks)
+    for layer, rule, new in made:
+        for call in _calls(layer, rule, sampled):
+            key = _alike(layer, rule, call)
+            comparisons[key] = comparisons.get(key) or _forms(layer, rule, new, call, blocks)
     seconds = fastest(comparisons)
-    for layer in layers:
-        if layer.rule is None or layer.new is None:
-            continue
-        new = layer.rule.action
-        times = [(seconds[_alike(layer, call)], count) for call, count in _calls(layer, sampled).items()]
+    for layer, rule, new in made:
+        times = [(seconds[_alike(layer, rule, call)], n) for call, n in _calls(layer, rule, sampled).items()]
         if times and sampled:
-            layer.seconds = sum(t["float"] * n for t, n in times), sum(t[new] * n for t, n in times)
+            layer.seconds = sum(t["float"] * n for t, n in times), sum(t[rule.action] * n for t, n in times)
         elif times:
-            layer.seconds = geometric_mean(t["float"] for t, _ in times), geometric_mean(t[new] for t, _ in times)
-        _measure_error(layer)
+            layer.seconds = (
+                geometric_mean(t["float"] for t, _ in times),
+                geometric_mean(t[rule.action] for t, _ in times),
+            )
+        _measure_error(layer, rule, new)
 
 
-def _forms(layer: Layer, call: Call, blocks: list[Site]) -> dict[str, Callable[[], object]]:
+def _forms(
+    layer: Layer, rule: Rule[Any], new: nn.Module, call: Call, blocks: list[Site]
+) -> dict[str, Callable[[], object]]:
     """The old and the new form of a layer, ready to be timed.
 
     Where torch's fused path may go around the layer, the old form is timed without: :func:`_keep_fused` adds that.
     """
-    assert layer.rule is not None
-    assert layer.new is not None
-    args, kwargs = layer.rule.arguments(layer.site.module, call, layer.calls)
-    old, new = (calling(form, call, args, kwargs) for form in (layer.site.module, layer.new))
-    around = (layer.site.module, *layer.site.ancestors)
-    return {"float": unfused()(old) if any(b.module in around for b in blocks) else old, layer.rule.action: new}
-
-
-def _calls(layer: Layer, sampled: bool) -> Mapping[Call, int]:
-    if sampled and layer.calls is not None:
-        return layer.calls.counts
-    return layer.rule.usual(layer.site.module) if layer.rule is not None else {}
-
-
-def _alike(layer: Layer, call: Call) -> Hashable:
-    """What the times of a layer depend on."""
-    assert layer.rule is not None
-    return layer.rule, layer.config, layer.rule.alike(layer.site.module), call
-
-
-def _measure_error(layer: Layer) -> None:
-    if layer.rule is None or layer.new is None:
-        return
     module = layer.site.module
-    args, kwargs = layer.rule.example(module, layer.calls or layer.rule.watch())
+    args, kwargs = rule.arguments(module, call, layer.calls)
+    old = calling(module, call, args, kwargs)
+    fusable = any(_touches(layer, block) for block in blocks)
+    return {"float": unfused()(old) if fusable else old, rule.action: calling(new, call, args, kwargs)}
+
+
+def _calls(layer: Layer, rule: Rule[Any], sampled: bool) -> Mapping[Call, int]:
+    return layer.calls.counts if sampled and layer.calls is not None else rule.usual(layer.site.module)
+
+
+def _alike(layer: Layer, rule: Rule[Any], call: Call) -> Hashable:
+    """What the times of a layer depend on."""
+    return rule, layer.config, rule.alike(layer.site.module), call
+
+
+def _measure_error(layer: Layer, rule: Rule[Any], new: nn.Module) -> None:
+    module = layer.site.module
+    args, kwargs = rule.example(module, layer.calls or rule.watch())
 
     def output(form: nn.Module) -> Tensor:
         with autocast(None):
@@ -167,9 +166,9 @@ def _measure_error(layer: Layer) -> None:
         return result if isinstance(result, Tensor) else result[0]  # attention returns its weights too
 
     wanted = output(module)
-    layer.snr_db = snr_db(wanted, output(layer.new))
+    layer.snr_db = snr_db(wanted, output(new))
     if layer.rounding != "nearest":
-        layer.nearest_snr_db = snr_db(wanted, output(layer.rule.build(module, layer.config, None)))
+        layer.nearest_snr_db = snr_db(wanted, output(rule.build(module, layer.config, None)))
 
 
 def _keep_slower(groups: list[list[Layer]]) -> None:

@@ -61,7 +61,7 @@ class LinearRule(Rule[RowCalls]):
         dtype = module.get_parameter("weight").dtype
         return {Call(rows, dtype, autocast_dtype()): 1 for rows in USUAL_ROWS}
 
-    def arguments(self, module: nn.Linear, call: Call, calls: RowCalls) -> Arguments:
+    def arguments(self, module: nn.Linear, call: Call, calls: RowCalls | None) -> Arguments:
         """Random rows."""
         x = torch.randn(call.rows, module.in_features, generator=torch.Generator().manual_seed(0))
         return (x.to(call.dtype),), {}

@@ -57,8 +57,11 @@ class Rule(ABC, Generic[C]):
         """The replacement; ``rounding`` is what :func:`calibrate_` found for this module and config."""
 
     @abstractmethod
-    def arguments(self, module: Any, call: Call, calls: C) -> Arguments:
-        """What to call ``module`` and its replacement with, to time them in the way of ``call``."""
+    def arguments(self, module: Any, call: Call, calls: C | None) -> Arguments:
+        """What to call ``module`` and its replacement with, to time them in the way of ``call``.
+
+        ``calls`` is None if there was no sample; then ``call`` is one of :meth:`usual`.
+        """
 
     @abstractmethod
     def example(self, module: Any, calls: C) -> Arguments:
