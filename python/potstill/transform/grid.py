@@ -10,7 +10,7 @@ from torch import Tensor
 
 _RATIOS = tuple(1 - 0.02 * step for step in range(26))  # 1.00, 0.98, ... 0.50
 _SMALLEST = 2.0**-100 / 127  # the scale of rows that ops.int8_linear.quantize_weight takes for zero
-_CHUNK = 1 << 20  # weights that are searched at a time: a few temporaries of their size stay in the caches
+_CHUNK = 1 << 15  # weights that are searched at a time: so few that their temporaries stay in the cache
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Grid:
 
     def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scale [n] and zero [n] of rows [n, g] of which no weight is clipped."""
-        return self._span(rows, rows.new_ones(len(rows)))
+        return self._span(*self._extent(rows))
 
     def fit(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scale [n] and zero [n] by which rows [n, g] have the least error, weighted by ``importance`` [g].
@@ -52,13 +52,14 @@ class Grid:
         of the widest scale is taken, so that the error is never above that of :meth:`nearest`.
         """
         step = max(1, _CHUNK // max(rows.shape[1], 1))
-        best = torch.cat([self._best_ratio(part, importance) for part in rows.split(step)])
-        return self._span(rows, best)
+        ratio = torch.cat([self._best_ratio(part.contiguous(), importance) for part in rows.split(step)])
+        low, high = self._extent(rows)
+        return self._span(low * ratio, high * ratio)
 
     def round(self, weights: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The integers, as floats; ``scale`` and ``zero`` broadcast against ``weights``."""
-        shift: Tensor | float = 0.0 if zero is None else zero
-        return (torch.round(weights / scale) + shift).clamp_(self.low, self.high)
+        integers = (weights / scale).round_()
+        return (integers if zero is None else integers.add_(zero)).clamp_(self.low, self.high)
 
     def read(self, integers: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """The weights that the integers stand for."""
@@ -66,20 +67,22 @@ class Grid:
 
     def _best_ratio(self, rows: Tensor, importance: Tensor) -> Tensor:
         best, least = rows.new_ones(len(rows)), rows.new_full((len(rows),), torch.inf)
+        low, high = self._extent(rows)
         for ratio in _RATIOS:
-            scale, zero = self._span(rows, rows.new_full((len(rows),), ratio))
+            scale, zero = self._span(low * ratio, high * ratio)
             scale, zero = scale[:, None], None if zero is None else zero[:, None]
-            error = (rows - self.read(self.round(rows, scale, zero), scale, zero)).square_() @ importance
+            error = self.read(self.round(rows, scale, zero), scale, zero).sub_(rows).square_() @ importance
             best = torch.where(error < least, ratio, best)
             least = torch.minimum(error, least)
         return best
 
-    def _span(self, rows: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The scale and zero whose grid reaches over ``ratio`` of the range of each row."""
-        if self.symmetric:
-            scale = rows.abs().amax(dim=1) * ratio / self.high
-            return torch.where(scale < _SMALLEST, 1.0, scale), None
-        lowest, highest = rows.amin(dim=1).clamp(max=0) * ratio, rows.amax(dim=1).clamp(min=0) * ratio
-        scale = (highest - lowest) / (self.high - self.low)
+    def _extent(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """From where to where each row reaches; zero is always inside."""
+        low, high = rows.amin(dim=1).clamp_(max=0), rows.amax(dim=1).clamp_(min=0)
+        return (torch.minimum(low, -high), torch.maximum(high, -low)) if self.symmetric else (low, high)
+
+    def _span(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale and zero whose grid reaches from ``low`` to ``high``."""
+        scale = high / self.high if self.symmetric else (high - low) / (self.high - self.low)
         scale = torch.where(scale < _SMALLEST, 1.0, scale)
-        return scale, torch.round(self.low - lowest / scale).clamp_(self.low, self.high)
+        return scale, None if self.symmetric else torch.round(self.low - low / scale).clamp_(self.low, self.high)

@@ -9,17 +9,24 @@ triangular U of H^-1 = U'U they change by -(w_j - q_j) / U_jj * U_j,j+1.. , and 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from potstill.errors import PotstillError
 from potstill.transform.grid import Grid
 
-_BLOCK = 128  # columns that are rounded before the others hear of it: a multiple of every group size
+_BLOCK = 128  # columns that are rounded before those after them hear of it; groups are blocks of their own
 _DAMPINGS = (0.01, 0.1, 1.0, 10.0)
 
 WORKSPACE = 3 * 8
 """Bytes for each entry of a Hessian while its factor is computed: three matrices in double precision."""
+
+
+Fit = tuple[Tensor, Tensor | None]
+"""The scale and zero of each output of a group."""
 
 
 class FactorisationError(PotstillError):
@@ -35,26 +42,42 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor, T
     if grid.group is None:  # strongest inputs first: what is rounded last has the fewest others to make up for it
         order = hessian.diagonal().argsort(descending=True)  # groups gain nothing by it, as they must stay together
     factor, damping = inverse_factor(hessian[order][:, order])
-    importance = factor.diagonal().square().reciprocal()
     columns = weight.detach().float().t()[order]
     integers = torch.empty_like(columns, dtype=torch.int8)
-    size = grid.group or len(columns)
-    fits = []
-    for start in range(0, len(columns), _BLOCK):
-        block = columns[start : start + _BLOCK]
-        stop, errors = start + len(block), torch.empty_like(block)
-        for i, column in enumerate(block, start):
-            if i % size == 0:
-                scale, zero = grid.fit(columns[i : i + size].t(), importance[i : i + size])
-                fits.append((scale, zero))
-            rounded = grid.round(column, scale, zero)
-            integers[i] = rounded
-            error = (column - grid.read(rounded, scale, zero)) / factor[i, i]
-            columns[i + 1 : stop].addr_(factor[i, i + 1 : stop], error, alpha=-1)
-            errors[i - start] = error
-        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    with _one_thread():
+        fits = list(_round_columns(columns, integers, factor, grid))
     scales, zeros = zip(*fits, strict=True)
     return integers[order.argsort()].t().contiguous(), *grid.stack(scales, zeros), damping
+
+
+def _round_columns(columns: Tensor, integers: Tensor, factor: Tensor, grid: Grid) -> Iterator[Fit]:
+    """Rounds ``columns`` [k, n] into ``integers`` [k, n], and yields scale and zero of each group."""
+    importance = factor.diagonal().square().reciprocal()
+    for start in range(0, len(columns), grid.group or _BLOCK):
+        block = columns[start : start + (grid.group or _BLOCK)]
+        stop = start + len(block)
+        if grid.group or not start:
+            members = slice(start, stop if grid.group else None)
+            scale, zero = grid.fit(columns[members].t(), importance[members])
+            yield scale, zero
+        errors, inside = torch.empty_like(block), factor[start:stop, start:stop].t().contiguous()
+        for i, column in enumerate(block):
+            column.addmv_(errors[:i].t(), inside[i, :i], alpha=-1)
+            rounded = grid.round(column, scale, zero)
+            integers[start + i] = rounded
+            errors[i] = (column - grid.read(rounded, scale, zero)) / inside[i, i]
+        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A column is too little work to share out: beside other programs threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor, float]:
