@@ -420,7 +420,9 @@ def test_interruptions_leave_the_model_as_it_was(
 def test_random_state_and_statistics() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5), nn.BatchNorm1d(32), nn.Linear(32, 8)).train()
     data, statistics, state = batches(), model[2].running_mean.clone(), torch.get_rng_state()
+    torch.set_num_threads(2)
     calibrate_(model, data)
+    assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model[2].running_mean, statistics)
 
@@ -445,7 +447,7 @@ def test_wrong_arguments() -> None:
 def test_report() -> None:
     report = calibrate_(Odd(), batches(16), quiet=True)
     text = str(report)
-    assert "1 of 4 layers calibrated in 1 runs over the loader" in text
+    assert "1 of 4 layers calibrated; runs over the loader: 1" in text
     used = report.rows[0]
     assert f"{used.nearest_snr_db:.1f} -> {used.snr_db:.1f}" in text
     assert "the loader never calls it" in text

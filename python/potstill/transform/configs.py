@@ -83,6 +83,7 @@ class Mixed:
 
         Raises :class:`PotstillError` if the candidates need more bits, or the loader yields nothing.
 
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
         >>> mixed = Mixed.auto(model, [torch.randn(32, 64)], average_bits=20, candidates=[Int8(), None])
         >>> sorted(mixed.layers), list(mixed.layers.values()).count(None)

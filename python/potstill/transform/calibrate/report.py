@@ -52,13 +52,13 @@ class Calibration:
 
     def __str__(self) -> str:
         """A table for a terminal of 120 columns."""
-        summary = f"{len(self.calibrated)} of {len(self.rows)} layers calibrated in {self.passes} runs over the loader"
-        return text_table(("config", "rounding", "rows", "SNR dB", "damping"), map(_cells, self.rows), [summary])
+        summary = f"{len(self.calibrated)} of {len(self.rows)} layers calibrated; runs over the loader: {self.passes}"
+        return text_table(("bits", "rounding", "rows", "SNR dB", "damping"), map(_cells, self.rows), [summary])
 
 
 def _cells(row: CalibrationRow) -> Iterable[str]:
     yield " = ".join(name or "(the model)" for name in row.names)
-    yield repr(row.config).replace("group_size=", "").replace("symmetric=True", "").replace(", )", ")")
+    yield str(row.config.bits)
     yield row.rounding
     yield str(row.rows)
     numbers = [f"{value:.1f}" for value in (row.nearest_snr_db, row.snr_db) if value is not None]
