@@ -99,6 +99,51 @@ void kd_loss(py::handle student, py::handle teacher, py::handle target, py::hand
   *result = static_cast<float>(mean && valid > 0 ? total / static_cast<double>(valid) : total);
 }
 
+// Both x and residual are [rows, n]; residual, weight and bias may be None.
+void add_layer_norm(py::handle x, py::handle residual, py::handle weight, py::handle bias, double eps, py::handle y) {
+  constexpr const char* kOp = "add_layer_norm";
+  TensorView xv(x, kOp, "x"), yv(y, kOp, "y");
+  if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, features]");
+  int64_t rows = xv.size(0), n = xv.size(1);
+  auto optional = [&](py::handle given, const char* argument, std::initializer_list<int64_t> shape) {
+    return given.is_none() ? FloatPtr{nullptr, Type::f32}
+                           : TensorView(given, kOp, argument).contiguous().shape(shape).floats();
+  };
+  AddLayerNorm a{};
+  a.x = xv.contiguous().floats();
+  a.residual = optional(residual, "residual", {rows, n});
+  a.weight = optional(weight, "weight", {n});
+  a.bias = optional(bias, "bias", {n});
+  a.y = yv.contiguous().shape({rows, n}).floats();
+  a.rows = rows;
+  a.n = n;
+  a.eps = static_cast<float>(eps);
+  if (a.residual.data != nullptr && a.residual.type != a.x.type) {
+    TensorView(residual, kOp, "residual").fail("has another dtype", "expected that of x");
+  }
+  if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
+  py::gil_scoped_release nogil;
+  kernels().add_layer_norm(a);
+}
+
+void int8_embedding(py::handle weight, py::handle scale, py::handle indices, py::handle y) {
+  constexpr const char* kOp = "int8_embedding";
+  TensorView wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), iv(indices, kOp, "indices"), yv(y, kOp, "y");
+  if (wv.rank() != 2) wv.fail("has rank " + std::to_string(wv.rank()), "expected [num_embeddings, embedding_dim]");
+  int64_t table = wv.size(0), n = wv.size(1), rows = iv.numel();
+  sv.contiguous().shape({table});
+  yv.contiguous().shape({rows, n});
+  Int8Embedding a{wv.contiguous().i8(), sv.f32(), iv.contiguous().shape({rows}).i64(), yv.floats(), rows, n};
+  for (int64_t i = 0; i < rows; ++i) {
+    if (a.indices[i] < 0 || a.indices[i] >= table) {
+      iv.fail("has the value " + std::to_string(a.indices[i]),
+              "expected rows of the table, from 0 to " + std::to_string(table - 1));
+    }
+  }
+  py::gil_scoped_release nogil;
+  kernels().int8_embedding(a);
+}
+
 // Each of `threads` workers runs `f`; returns the operations of all.
 template <class F>
 double on_threads(int64_t threads, const F& f) {
@@ -138,6 +183,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("int8_linear", &int8_linear);
   m.def("kd_loss", &kd_loss);
+  m.def("add_layer_norm", &add_layer_norm);
+  m.def("int8_embedding", &int8_embedding);
   m.def("peak_int8", &peak_int8, py::arg("iterations"), py::arg("threads"));
   m.def("peak_f32", &peak_f32, py::arg("iterations"), py::arg("threads"));
   m.def("read_memory", &read_memory, py::arg("data"), py::arg("repeats"), py::arg("threads"));

@@ -1,9 +1,21 @@
 """Drop-in modules over the ops."""
 
+from potstill.nn.attention import Int8MultiheadAttention
+from potstill.nn.embedding import Int8Embedding
+from potstill.nn.encoder import Int8TransformerEncoderLayer
 from potstill.nn.linear import Int8Linear
 from potstill.nn.loss import KDLoss
+from potstill.nn.norm import AddLayerNorm
 
 KINDS = {Int8Linear.kind: Int8Linear}
 """Each drop-in layer by the name that checkpoints know it by."""
 
-__all__ = ["KINDS", "Int8Linear", "KDLoss"]
+__all__ = [
+    "KINDS",
+    "AddLayerNorm",
+    "Int8Embedding",
+    "Int8Linear",
+    "Int8MultiheadAttention",
+    "Int8TransformerEncoderLayer",
+    "KDLoss",
+]
