@@ -99,41 +99,45 @@ void kd_loss(py::handle student, py::handle teacher, py::handle target, py::hand
   *result = static_cast<float>(mean && valid > 0 ? total / static_cast<double>(valid) : total);
 }
 
-// Both x and residual are [rows, n]; residual, weight and bias may be None.
+// A block this large is mapped afresh by glibc's malloc at every call, whatever was freed before.
+constexpr int64_t kAlwaysFresh = int64_t{32} << 20;
+
+// x and residual are [..., n]; residual, weight and bias may be None.
 void add_layer_norm(py::handle x, py::handle residual, py::handle weight, py::handle bias, double eps, py::handle y) {
   constexpr const char* kOp = "add_layer_norm";
   TensorView xv(x, kOp, "x"), yv(y, kOp, "y");
-  if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, features]");
-  int64_t rows = xv.size(0), n = xv.size(1);
-  auto optional = [&](py::handle given, const char* argument, std::initializer_list<int64_t> shape) {
-    return given.is_none() ? FloatPtr{nullptr, Type::f32}
-                           : TensorView(given, kOp, argument).contiguous().shape(shape).floats();
-  };
+  if (xv.rank() == 0) xv.fail("has no dimension", "expected [..., features]");
   AddLayerNorm a{};
+  a.n = xv.size(xv.rank() - 1);
+  a.rows = a.n == 0 ? 0 : xv.numel() / a.n;
   a.x = xv.contiguous().floats();
-  a.residual = optional(residual, "residual", {rows, n});
-  a.weight = optional(weight, "weight", {n});
-  a.bias = optional(bias, "bias", {n});
-  a.y = yv.contiguous().shape({rows, n}).floats();
-  a.rows = rows;
-  a.n = n;
+  a.y = yv.contiguous().same_shape(xv, "x").floats();
   a.eps = static_cast<float>(eps);
-  if (a.residual.data != nullptr && a.residual.type != a.x.type) {
-    TensorView(residual, kOp, "residual").fail("has another dtype", "expected that of x");
+  if (!residual.is_none()) {
+    TensorView rv(residual, kOp, "residual");
+    a.residual = rv.same_shape(xv, "x").contiguous().floats();
+    if (a.residual.type != a.x.type) rv.fail("has another dtype", "expected that of x");
   }
+  if (!weight.is_none()) a.weight = TensorView(weight, kOp, "weight").contiguous().shape({a.n}).floats();
+  if (!bias.is_none()) a.bias = TensorView(bias, kOp, "bias").contiguous().shape({a.n}).floats();
   if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
+  int64_t bytes = a.rows * a.n * (a.y.type == Type::f32 ? 4 : 2);
+  if (bytes >= kAlwaysFresh) prefer_huge_pages(a.y.data, static_cast<size_t>(bytes));
   py::gil_scoped_release nogil;
-  kernels().add_layer_norm(a);
+  const Kernels& table = kernels();
+  a.scratch = scratch(table.add_layer_norm_scratch(a.n));
+  table.add_layer_norm(a);
 }
 
+// indices are [...], y is [..., n].
 void int8_embedding(py::handle weight, py::handle scale, py::handle indices, py::handle y) {
   constexpr const char* kOp = "int8_embedding";
   TensorView wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), iv(indices, kOp, "indices"), yv(y, kOp, "y");
   if (wv.rank() != 2) wv.fail("has rank " + std::to_string(wv.rank()), "expected [num_embeddings, embedding_dim]");
   int64_t table = wv.size(0), n = wv.size(1), rows = iv.numel();
   sv.contiguous().shape({table});
-  yv.contiguous().shape({rows, n});
-  Int8Embedding a{wv.contiguous().i8(), sv.f32(), iv.contiguous().shape({rows}).i64(), yv.floats(), rows, n};
+  if (yv.contiguous().numel() != rows * n) yv.fail("has another size", "expected a row for each of indices");
+  Int8Embedding a{wv.contiguous().i8(), sv.f32(), iv.contiguous().i64(), yv.floats(), rows, n};
   for (int64_t i = 0; i < rows; ++i) {
     if (a.indices[i] < 0 || a.indices[i] >= table) {
       iv.fail("has the value " + std::to_string(a.indices[i]),

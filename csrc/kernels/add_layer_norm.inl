@@ -65,19 +65,19 @@ Moments moments(const R& row, int64_t n, float eps) {
   return {centre, shift, 1.0f / sqrtf(sum_of(second) / static_cast<float>(n) + eps)};
 }
 
-// The `n` values of a weight or bias from `i` on; `absent` where there is none.
-inline F parameter(FloatPtr p, int64_t i, int n, float absent) {
-  if (p.data == nullptr) return set1(absent);
-  if (p.type == Type::f32) {
-    auto values = static_cast<const float*>(p.data) + i;
-    return n == kLanes ? load(values) : load_n(values, n, absent);
+// A weight or bias as floats: its own memory, or `copy` with its n values or with `absent` where there is none.
+inline const float* parameters(FloatPtr p, int64_t n, float absent, float* copy) {
+  if (p.data != nullptr && p.type == Type::f32) return static_cast<const float*>(p.data);
+  auto narrow = static_cast<const bf16*>(p.data);
+  for (int64_t i = 0; i < n; i += kLanes) {
+    int count = static_cast<int>(smaller(n - i, kLanes));
+    store_n(copy + i, narrow == nullptr ? set1(absent) : load_n(narrow + i, count, 0.0f), count);
   }
-  auto values = static_cast<const bf16*>(p.data) + i;
-  return n == kLanes ? load(values) : load_n(values, n, absent);
+  return copy;
 }
 
 template <class T, bool kResidual>
-void normalise_row(const AddLayerNorm& a, int64_t index) {
+void normalise_row(const AddLayerNorm& a, const float* weight, const float* bias, int64_t index) {
   Row<T, kResidual> row{static_cast<const T*>(a.x.data) + index * a.n, nullptr};
   if constexpr (kResidual) row.residual = static_cast<const T*>(a.residual.data) + index * a.n;
   T* y = static_cast<T*>(a.y.data) + index * a.n;
@@ -85,7 +85,8 @@ void normalise_row(const AddLayerNorm& a, int64_t index) {
   F centre = set1(m.centre), inverse = set1(m.inverse), shift = set1(-m.shift * m.inverse);
   auto normalised = [&](F z, int64_t i, int n) {
     F unit = fma(sub(z, centre), inverse, shift);
-    return fma(unit, parameter(a.weight, i, n, 1.0f), parameter(a.bias, i, n, 0.0f));
+    return n == kLanes ? fma(unit, load(weight + i), load(bias + i))
+                       : fma(unit, load_n(weight + i, n, 0.0f), load_n(bias + i, n, 0.0f));
   };
   int64_t i = 0;
   for (; i + kLanes <= a.n; i += kLanes) store(y + i, normalised(row.at(i), i, kLanes));
@@ -95,10 +96,14 @@ void normalise_row(const AddLayerNorm& a, int64_t index) {
 
 template <class T>
 void add_layer_norm_of(const AddLayerNorm& a) {
+  auto scratch = static_cast<float*>(a.scratch);
+  const float* weight = parameters(a.weight, a.n, 1.0f, scratch);
+  const float* bias = parameters(a.bias, a.n, 0.0f, scratch + a.n);
   int64_t grain = a.n < kValuesPerTask ? kValuesPerTask / a.n : 1;
   parallel_for((a.rows + grain - 1) / grain, a.rows * a.n >= kMinNormalisedForThreads, [&](int64_t task) {
     for (int64_t row = task * grain; row < smaller(a.rows, (task + 1) * grain); ++row) {
-      a.residual.data == nullptr ? normalise_row<T, false>(a, row) : normalise_row<T, true>(a, row);
+      a.residual.data == nullptr ? normalise_row<T, false>(a, weight, bias, row)
+                                 : normalise_row<T, true>(a, weight, bias, row);
     }
   });
 }
@@ -107,5 +112,7 @@ void add_layer_norm(const AddLayerNorm& a) {
   if (a.rows == 0 || a.n == 0) return;
   a.x.type == Type::f32 ? add_layer_norm_of<float>(a) : add_layer_norm_of<bf16>(a);
 }
+
+size_t add_layer_norm_scratch(int64_t n) { return static_cast<size_t>(2 * n) * sizeof(float); }
 
 }  // namespace

@@ -27,6 +27,7 @@ const Kernels POTSTILL_SYMBOL(POTSTILL_ISA) = {
     kd_loss,
     kd_loss_scratch,
     add_layer_norm,
+    add_layer_norm_scratch,
     int8_embedding,
     peak_int8,
     peak_f32,

@@ -44,6 +44,7 @@ struct AddLayerNorm {
   FloatPtr y;             // [rows, n] row-major, of x's type
   int64_t rows, n;
   float eps;
+  void* scratch;  // add_layer_norm_scratch(n) bytes
 };
 
 struct Int8Embedding {
@@ -61,6 +62,7 @@ struct Kernels {
   void (*kd_loss)(const KdLoss&);
   size_t (*kd_loss_scratch)(int64_t rows, int64_t v);
   void (*add_layer_norm)(const AddLayerNorm&);
+  size_t (*add_layer_norm_scratch)(int64_t n);
   void (*int8_embedding)(const Int8Embedding&);
   // What the benches call the ceiling, register to register. Both return the operations done.
   double (*peak_int8)(int64_t iterations);

@@ -51,12 +51,9 @@ def _fake(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tenso
 
 
 def _cpu(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    _check(x, residual, weight, bias)
-    y = x.new_empty(x.shape)
-    rows = -1 if x.shape[-1] else 0
-    flat = None if residual is None else residual.reshape(rows, x.shape[-1]).contiguous()
-    x = x.reshape(rows, x.shape[-1]).contiguous()
-    _C.add_layer_norm(x, flat, weight, bias, eps, y.view(x.shape))
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _C.add_layer_norm(x, None if residual is None else residual.contiguous(), weight, bias, eps, y)
     return y
 
 

@@ -43,12 +43,12 @@ def _fake(weight: Tensor, scale: Tensor, indices: Tensor, dtype: torch.dtype | N
 
 def _cpu(weight: Tensor, scale: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or torch.float32
-    _check(weight, scale, indices)
     if dtype not in _WRITTEN:
         return _reference(weight, scale, indices, dtype)
-    y = weight.new_empty((*indices.shape, weight.shape[1]), dtype=dtype)
-    flat = indices.reshape(-1).long().contiguous()
-    _C.int8_embedding(weight.contiguous(), scale.float(), flat, y.view(flat.shape[0], weight.shape[1]))
+    if indices.dtype == torch.int32:
+        indices = indices.long()
+    y = weight.new_empty((*indices.shape, weight.shape[-1]), dtype=dtype)
+    _C.int8_embedding(weight.contiguous(), scale.float(), indices.contiguous(), y)
     return y
 
 
