@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from tests.quantizing import snr
 from torch import Tensor, nn
 
-from potstill.nn import Int8MultiheadAttention
+import potstill
+from potstill.errors import CheckpointError
+from potstill.nn import Int8Embedding, Int8Linear, Int8MultiheadAttention
 from potstill.transform.observe import unfused
 
 E, HEADS, BATCH, QUERIES, KEYS = 48, 4, 3, 7, 9
@@ -189,6 +192,35 @@ def test_state_loads_and_copies_agree(options: dict[str, Any]) -> None:
         assert torch.equal(other(*arguments)[0], fast(*arguments)[0])
     if not options:
         assert fast.state_dict()["in_proj.weight"].shape == (3 * E, E)
+
+
+def test_saves_and_loads_into_the_float_model(tmp_path: Path) -> None:
+    def model() -> nn.ModuleDict:
+        return nn.ModuleDict(
+            {"tokens": nn.Embedding(30, E), "mix": nn.MultiheadAttention(E, HEADS), "out": nn.Linear(E, 4)}
+        )
+
+    def output(model: nn.ModuleDict) -> Tensor:
+        x = model["tokens"](torch.arange(12).view(4, 3))
+        return model["out"](model["mix"](x, x, x)[0])
+
+    changed = model()
+    changed["tokens"] = Int8Embedding.from_float(changed["tokens"])
+    changed["mix"] = Int8MultiheadAttention.from_float(changed["mix"])
+    changed["out"] = Int8Linear.from_float(changed["out"])
+    potstill.save(changed, tmp_path / "model")
+    loaded = potstill.load(model(), tmp_path / "model")
+    assert torch.equal(output(loaded), output(changed))
+    assert torch.equal(output(potstill.load(loaded, tmp_path / "model")), output(changed))
+    other = model()
+    other["mix"] = nn.MultiheadAttention(E, HEADS, batch_first=True)
+    with pytest.raises(CheckpointError, match=r"'mix' is a MultiheadAttention .* the file has int8_multihead"):
+        potstill.load(other, tmp_path / "model")
+    with torch.no_grad():
+        changed["mix"].in_proj.scale[3] = -1
+    potstill.save(changed, tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"mix.in_proj.scale has values that are negative"):
+        potstill.load(model(), tmp_path / "model")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, from tracing

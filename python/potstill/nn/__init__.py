@@ -1,5 +1,7 @@
 """Drop-in modules over the ops."""
 
+from typing import Any
+
 from potstill.nn.attention import Int8MultiheadAttention
 from potstill.nn.embedding import Int8Embedding
 from potstill.nn.encoder import Int8TransformerEncoderLayer
@@ -7,7 +9,9 @@ from potstill.nn.linear import Int8Linear
 from potstill.nn.loss import KDLoss
 from potstill.nn.norm import AddLayerNorm
 
-KINDS = {Int8Linear.kind: Int8Linear}
+KINDS: dict[str, Any] = {
+    kind.kind: kind for kind in (Int8Linear, Int8Embedding, Int8MultiheadAttention, Int8TransformerEncoderLayer)
+}
 """Each drop-in layer by the name that checkpoints know it by."""
 
 __all__ = [

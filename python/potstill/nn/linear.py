@@ -51,6 +51,14 @@ class Int8Linear(nn.Module):
         zero_bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
         self.register_parameter("bias", zero_bias)  # also when it is None
 
+    @staticmethod
+    def float_config(module: nn.Module) -> dict[str, Any] | None:
+        """What an ``nn.Linear`` says of the :meth:`config` of its int8 form; None for any other module."""
+        if type(module) is not nn.Linear:
+            return None
+        bias = module.bias is not None
+        return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
+
     @classmethod
     def from_float(cls, linear: nn.Linear) -> Self:
         """The int8 form of ``linear``; the bias's memory is shared with it, not copied."""
