@@ -27,7 +27,7 @@ from torch import nn
 import potstill
 from potstill import checkpoint
 from potstill.errors import CheckpointError
-from potstill.nn import Int8Linear
+from potstill.nn import Int8Linear, Int8TransformerEncoderLayer
 from potstill.ops.int8_linear import MAX_FEATURES
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -70,7 +70,7 @@ def test_loaded_encoder_leaves_the_fast_path(tmp_path: Path) -> None:
         y = loaded(FLOATS.view(2, 3, 32), src_key_padding_mask=padding)
     assert torch.isfinite(y[~padding]).all()
     assert not loaded.use_nested_tensor
-    assert not loaded.layers[0].activation_relu_or_gelu
+    assert type(loaded.layers[0]) is Int8TransformerEncoderLayer
 
 
 def test_training_mode_is_that_of_the_fresh_model(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_encoder_with_its_fused_path() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
     mixed = Mixed.auto(model, [(torch.randn(2, 6, 32), torch.zeros(2))], 8, [Int8()])
-    assert set(mixed.layers) == {f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)}
+    assert set(mixed.layers) == {f"layers.{i}.{part}" for i in (0, 1) for part in ("linear1", "linear2", "self_attn")}
     assert all(float(note.split()[1]) > 0 for note in mixed.notes.values())
     assert model.layers[0].activation_relu_or_gelu == 1
 

@@ -10,8 +10,10 @@ from torch.nn.utils import parametrize
 from potstill.ops.op import Op
 
 
-def why_not_plain(module: nn.Module, source: type[nn.Module], tensors: tuple[str, ...]) -> str:
-    """Why ``module`` may behave or hold more than a fresh ``source`` with parameters called ``tensors`` does."""
+def why_not_plain(
+    module: nn.Module, source: type[nn.Module], tensors: tuple[str, ...], parts: tuple[str, ...] = ()
+) -> str:
+    """Why ``module`` may behave or hold more than a fresh ``source`` with these parameters and submodules does."""
     if isinstance(module, LazyModuleMixin):
         return "not initialised yet: run the model once, then convert it"
     if parametrize.is_parametrized(module):
@@ -24,9 +26,9 @@ def why_not_plain(module: nn.Module, source: type[nn.Module], tensors: tuple[str
     hooks = [name.strip("_") for name, value in state.items() if name.endswith("_hooks") and value]
     if hooks:
         return f"has {', '.join(hooks)}, which its replacement would lose"
-    extra = [*module._parameters.keys() - set(tensors), *module._buffers, *module._modules]
+    extra = [*module._parameters.keys() - set(tensors), *module._buffers, *module._modules.keys() - set(parts)]
     if extra:
-        return f"holds more than {' and '.join(tensors)}: {', '.join(sorted(extra))}"
+        return f"holds more than {' and '.join(tensors + parts)}: {', '.join(sorted(extra))}"
     return ""
 
 

@@ -30,7 +30,8 @@ def quantize_(
 ) -> Report:
     """Converts layers of ``model`` to the integer form that ``config`` names, in place, and reports every layer.
 
-    - ``config``: :class:`Int8`, :class:`Int4`, or :class:`Mixed` for another one per layer.
+    - ``config``: :class:`Int8`, :class:`Int4`, or :class:`Mixed` for another one per layer. Int8 is there for linear
+      layers, embeddings, attention and encoder layers; of a module and its parts the whole comes first.
     - ``include``, ``exclude``: wildcards for dotted names (``"encoder.*.mlp.*"``) or module types, one or several. A
       type stands for the layers that are of it or lie inside a module of it.
     - ``only_if_faster``: convert a layer only if that is faster here, at the row counts it gets from ``sample_input``,
@@ -66,7 +67,7 @@ def quantize_(
         if only_if_faster:
             with evaluating(model):
                 _keep_fused(groups, runs)
-        rows, bytes_before = rows_of(model, layers), model_bytes(model)
+        rows, bytes_before = rows_of(layers), model_bytes(model)
         for layer in layers:
             if layer.new is not None and not layer.kept:
                 replace(model, layer.site.names, layer.new)
@@ -106,10 +107,10 @@ def _decide(
         if only_if_faster:
             _keep_slower(groups)
         done += groups
-        parts = [layer for layer in open_layers if layer not in now]
-        for part in parts:
-            part.whole = next((whole for whole in now if not whole.kept and part.inside(whole)), None)
-        open_layers = [part for part in parts if part.whole is None]
+        for part in layers:
+            around = (whole for whole in now if not whole.kept and part.inside(whole))
+            part.whole = part.whole or next(around, None)
+        open_layers = [layer for layer in open_layers if layer not in now and layer.whole is None]
     return done
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -11,21 +9,11 @@ from potstill import _C
 from potstill.transform.report import LayerRow
 from potstill.transform.rules.linear import USUAL_ROWS
 from potstill.transform.survey import Layer
-from potstill.transform.swap import Site, sites
 
 
-def rows_of(model: nn.Module, layers: list[Layer]) -> tuple[LayerRow, ...]:
-    """A row for each layer, in the order of the model, and for attention's own weights; parts of what is replaced as a
-    whole have none.
-    """
-    rows = {layer.site.module: _row(layer, layers) for layer in layers if not (layer.whole and not layer.whole.kept)}
-    ordered: list[LayerRow] = []
-    for site in sites(model, nn.Module):
-        if site.module in rows:
-            ordered.append(rows[site.module])
-        elif isinstance(site.module, nn.MultiheadAttention):
-            ordered += _attention_rows(site)
-    return tuple(ordered)
+def rows_of(layers: list[Layer]) -> tuple[LayerRow, ...]:
+    """A row for each layer, in the order of the model; parts of what is replaced as a whole have none."""
+    return tuple(_row(layer, layers) for layer in layers if not (layer.whole and not layer.whole.kept))
 
 
 def _row(layer: Layer, layers: list[Layer]) -> LayerRow:
@@ -65,27 +53,6 @@ def _why_converted(layer: Layer) -> str:
         return "as asked; the sample never calls it"
     ratio = layer.seconds[0] / layer.seconds[1]
     return f"{ratio:.2f} times the speed" if ratio > 1 else f"as asked, though slower: {ratio:.2f} times the speed"
-
-
-def _attention_rows(site: Site) -> Iterable[LayerRow]:
-    for attribute in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        weight = getattr(site.module, attribute)
-        if weight is not None:
-            yield LayerRow(
-                names=tuple(f"{name}.{attribute}".removeprefix(".") for name in site.names),
-                kind=type(site.module).__name__,
-                shape=(weight.shape[0], weight.shape[1]),
-                action="kept",
-                reason="a parameter of nn.MultiheadAttention, not a layer",
-                bytes_before=weight.nbytes,
-                bytes_after=weight.nbytes,
-                ms_before=None,
-                ms_after=None,
-                snr_db=None,
-                rounding="",
-                nearest_snr_db=None,
-                rows={},
-            )
 
 
 def model_bytes(module: nn.Module) -> int:
