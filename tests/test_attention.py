@@ -231,6 +231,9 @@ def test_compiles_whole() -> None:
     for arguments in ((query, query, query), (query, key, key)):
         same(fast(*arguments), compiled(*arguments), 100)
         same(fast(*arguments, need_weights=False), compiled(*arguments, need_weights=False), 100)
+    dynamic = torch.compile(fast, fullgraph=True, backend="aot_eager", dynamic=True)
+    mask = masks(QUERIES, QUERIES)["both"]
+    same(fast(query, query, query, **mask), dynamic(query, query, query, **mask), 100)
 
 
 def test_bfloat16_and_autocast() -> None:

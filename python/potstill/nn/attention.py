@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from potstill.nn.linear import Int8Linear
 from potstill.ops.int8_linear import PANEL, int8_linear
 
-Shapes = dict[tuple[int, ...], tuple[int, ...]]
-"""The shapes that a mask may have -> those in which it broadcasts to the scores."""
+Shapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
+"""The shapes that a mask may have, each with the one in which it broadcasts to the scores."""
 
 
 class _NoFloatWeight:
@@ -168,12 +168,13 @@ class Int8MultiheadAttention(nn.Module):
         if is_causal and attn_mask is None:
             raise ValueError("Int8MultiheadAttention: is_causal is a hint about attn_mask, which is None; give both")
         q, k, v = (self._heads(x) for x in self._projected(query, key, value))
-        extra = self._extra(k)
-        k, v = (torch.cat([x, *(e[i] for e in extra)], dim=2) for i, x in enumerate((k, v))) if extra else (k, v)
+        keys = k.shape[2]
+        k, v = self._extended(k, v)
         # Torch trusts the hint only where nothing else needs the mask itself.
         causal = is_causal and key_padding_mask is None and not need_weights
-        masks = (None, None) if causal else (attn_mask, key_padding_mask)
-        mask = self._mask(*masks, q, k.shape[2] - len(extra), len(extra), query.dtype)
+        mask = None if causal else _merged(attn_mask, key_padding_mask, (*q.shape[:3], keys), query.dtype)
+        if mask is not None and k.shape[2] > keys:
+            mask = F.pad(mask, (0, k.shape[2] - keys))
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
@@ -207,46 +208,23 @@ class Int8MultiheadAttention(nn.Module):
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
-    def _extra(self, k: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values that every query sees besides its own: the learnt one, then the zero."""
-        shape = (k.shape[0], self.num_heads, 1, self.head_dim)
-        extra = []
+    def _extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with those that every query sees besides: the learnt one, then the zero."""
         if self.bias_k is not None and self.bias_v is not None:
-            one = (1, *shape[1:])
-            extra.append((self.bias_k.view(one).expand(shape).to(k), self.bias_v.view(one).expand(shape).to(k)))
+            shape = (len(k), self.num_heads, 1, self.head_dim)
+            learnt = [b.view(1, *shape[1:]).expand(shape).to(k.dtype) for b in (self.bias_k, self.bias_v)]
+            k, v = torch.cat([k, learnt[0]], dim=2), torch.cat([v, learnt[1]], dim=2)
         if self.add_zero_attn:
-            extra.append((k.new_zeros(shape), k.new_zeros(shape)))
-        return extra
-
-    def _mask(
-        self,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-        q: Tensor,
-        keys: int,
-        extra: int,
-        dtype: torch.dtype,
-    ) -> Tensor | None:
-        """The sum of both masks, which broadcasts to [batch, num_heads, queries, keys + extra]; extra keys are seen."""
-        batch, heads, queries, _ = q.shape
-        merged = None
-        if attn_mask is not None:
-            one, each = (queries, keys), (batch * heads, queries, keys)
-            shapes: Shapes = {one: (1, 1, *one), each: (batch, heads, *one)}
-            merged = _additive("attn_mask", attn_mask, shapes, dtype)
-        if key_padding_mask is not None:
-            shapes = {(batch, keys): (batch, 1, 1, keys)} | ({(keys,): (1, 1, 1, keys)} if batch == 1 else {})
-            padding = _additive("key_padding_mask", key_padding_mask, shapes, dtype)
-            merged = padding if merged is None else merged + padding
-        return F.pad(merged, (0, extra)) if extra and merged is not None else merged
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        return k, v
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        shapes = [list(x.shape) for x in (query, key, value)] if not query.is_nested else []
-        if not shapes:
+        if query.is_nested or key.is_nested or value.is_nested:
             raise ValueError(
-                "Int8MultiheadAttention: query is a nested tensor, expected a padded one with a key_padding_mask; "
+                "Int8MultiheadAttention: got a nested tensor, expected a padded one with a key_padding_mask; "
                 "an nn.TransformerEncoder with use_nested_tensor=False passes such"
             )
+        shapes = [list(x.shape) for x in (query, key, value)]
         widths = [self.embed_dim, self.kdim, self.vdim]
         if [s[-1] for s in shapes] != widths or query.dim() not in (2, 3) or shapes[1][:-1] != shapes[2][:-1]:
             raise ValueError(
@@ -278,16 +256,34 @@ def _part(linear: Int8Linear, x: Tensor, first: int, last: int) -> Tensor:
     return y[..., first - outputs.start : last - outputs.start]
 
 
+def _merged(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor | None:
+    """The sum of both masks as floats to add to the scores; it broadcasts to ``shape``, theirs."""
+    batch, heads, queries, keys = shape
+    merged = None
+    if attn_mask is not None:
+        shapes: Shapes = [((queries, keys), (1, 1, queries, keys)), ((batch * heads, queries, keys), shape)]
+        merged = _additive("attn_mask", attn_mask, shapes, dtype)
+    if key_padding_mask is not None:
+        shapes = [((batch, keys), (batch, 1, 1, keys))]
+        if batch == 1:  # of an input without a batch
+            shapes.append(((keys,), (1, 1, 1, keys)))
+        padding = _additive("key_padding_mask", key_padding_mask, shapes, dtype)
+        merged = padding if merged is None else merged + padding
+    return merged
+
+
 def _additive(name: str, mask: Tensor, shapes: Shapes, dtype: torch.dtype) -> Tensor:
-    """``mask`` as a float to add to the scores, in the shape that ``shapes`` has for its own."""
-    if tuple(mask.shape) not in shapes or not (mask.dtype == torch.bool or mask.is_floating_point()):
-        expected = " or ".join(str(list(shape)) for shape in shapes)
+    target = next((target for own, target in shapes if mask.shape == own), None)
+    if target is None or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        expected = " or ".join(str(list(own)) for own, _ in shapes)
         raise ValueError(
             f"Int8MultiheadAttention: {name} is {mask.dtype} {list(mask.shape)}, expected bool or float {expected}"
         )
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
-    return mask.view(shapes[tuple(mask.shape)])
+    return mask.view(target)
 
 
 def _attention_with_weights(
