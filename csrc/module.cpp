@@ -120,6 +120,55 @@ void kd_loss(py::handle student, py::handle teacher, py::handle target, py::hand
   *result = static_cast<float>(mean && valid > 0 ? total / static_cast<double>(valid) : total);
 }
 
+// A block this large is mapped afresh by glibc's malloc at every call, whatever was freed before.
+constexpr int64_t kAlwaysFresh = int64_t{32} << 20;
+
+// x and residual are [..., n]; residual, weight and bias may be None.
+void add_layer_norm(py::handle x, py::handle residual, py::handle weight, py::handle bias, double eps, py::handle y) {
+  constexpr const char* kOp = "add_layer_norm";
+  TensorView xv(x, kOp, "x"), yv(y, kOp, "y");
+  if (xv.rank() == 0) xv.fail("has no dimension", "expected [..., features]");
+  AddLayerNorm a{};
+  a.n = xv.size(xv.rank() - 1);
+  a.rows = a.n == 0 ? 0 : xv.numel() / a.n;
+  a.x = xv.contiguous().floats();
+  a.y = yv.contiguous().same_shape(xv, "x").floats();
+  a.eps = static_cast<float>(eps);
+  if (!residual.is_none()) {
+    TensorView rv(residual, kOp, "residual");
+    a.residual = rv.same_shape(xv, "x").contiguous().floats();
+    if (a.residual.type != a.x.type) rv.fail("has another dtype", "expected that of x");
+  }
+  if (!weight.is_none()) a.weight = TensorView(weight, kOp, "weight").contiguous().shape({a.n}).floats();
+  if (!bias.is_none()) a.bias = TensorView(bias, kOp, "bias").contiguous().shape({a.n}).floats();
+  if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
+  int64_t bytes = a.rows * a.n * (a.y.type == Type::f32 ? 4 : 2);
+  if (bytes >= kAlwaysFresh) prefer_huge_pages(a.y.data, static_cast<size_t>(bytes));
+  py::gil_scoped_release nogil;
+  const Kernels& table = kernels();
+  a.scratch = scratch(table.add_layer_norm_scratch(a.n));
+  table.add_layer_norm(a);
+}
+
+// indices are [...], y is [..., n].
+void int8_embedding(py::handle weight, py::handle scale, py::handle indices, py::handle y) {
+  constexpr const char* kOp = "int8_embedding";
+  TensorView wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), iv(indices, kOp, "indices"), yv(y, kOp, "y");
+  if (wv.rank() != 2) wv.fail("has rank " + std::to_string(wv.rank()), "expected [num_embeddings, embedding_dim]");
+  int64_t table = wv.size(0), n = wv.size(1), rows = iv.numel();
+  sv.contiguous().shape({table});
+  if (yv.contiguous().numel() != rows * n) yv.fail("has another size", "expected a row for each of indices");
+  Int8Embedding a{wv.contiguous().i8(), sv.f32(), iv.contiguous().i64(), yv.floats(), rows, n};
+  for (int64_t i = 0; i < rows; ++i) {
+    if (a.indices[i] < 0 || a.indices[i] >= table) {
+      iv.fail("has the value " + std::to_string(a.indices[i]),
+              "expected rows of the table, from 0 to " + std::to_string(table - 1));
+    }
+  }
+  py::gil_scoped_release nogil;
+  kernels().int8_embedding(a);
+}
+
 // Each of `threads` workers runs `f`; returns the operations of all.
 template <class F>
 double on_threads(int64_t threads, const F& f) {
@@ -159,6 +208,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("int8_linear", &int8_linear);
   m.def("kd_loss", &kd_loss);
+  m.def("add_layer_norm", &add_layer_norm);
+  m.def("int8_embedding", &int8_embedding);
   m.def("peak_int8", &peak_int8, py::arg("iterations"), py::arg("threads"));
   m.def("peak_f32", &peak_f32, py::arg("iterations"), py::arg("threads"));
   m.def("read_memory", &read_memory, py::arg("data"), py::arg("repeats"), py::arg("threads"));

@@ -95,6 +95,16 @@ class TensorView {
     return *this;
   }
 
+  const TensorView& same_shape(const TensorView& other, const char* argument) const {
+    bool same = t_.ndim == other.t_.ndim;
+    for (int32_t d = 0; same && d < t_.ndim; ++d) same = t_.shape[d] == other.t_.shape[d];
+    if (!same) {
+      fail("has shape " + text(t_.shape, t_.ndim),
+           "expected that of " + std::string(argument) + ", " + text(other.t_.shape, other.t_.ndim));
+    }
+    return *this;
+  }
+
   FloatPtr floats() const {
     if (is(dlpack::kFloat, 32)) return {pointer(), Type::f32};
     if (is(dlpack::kBfloat, 16)) return {pointer(), Type::bf16};

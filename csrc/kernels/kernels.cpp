@@ -15,6 +15,8 @@
 
 #include "int8_linear.inl"
 #include "kd_loss.inl"
+#include "add_layer_norm.inl"
+#include "int8_embedding.inl"
 #include "peak.inl"
 
 extern const Kernels POTSTILL_SYMBOL(POTSTILL_ISA);
@@ -24,6 +26,9 @@ const Kernels POTSTILL_SYMBOL(POTSTILL_ISA) = {
     int8_linear_scratch,
     kd_loss,
     kd_loss_scratch,
+    add_layer_norm,
+    add_layer_norm_scratch,
+    int8_embedding,
     peak_int8,
     peak_f32,
     read_memory,

@@ -42,12 +42,32 @@ struct KdLoss {
   void* scratch;     // kd_loss_scratch(rows, v) bytes, 64-byte aligned
 };
 
+struct AddLayerNorm {
+  FloatPtr x, residual;   // [rows, n] row-major, of one type; residual may be null
+  FloatPtr weight, bias;  // [n] or null
+  FloatPtr y;             // [rows, n] row-major, of x's type
+  int64_t rows, n;
+  float eps;
+  void* scratch;  // add_layer_norm_scratch(n) bytes
+};
+
+struct Int8Embedding {
+  const int8_t* weight;    // [table rows, n] row-major
+  const float* scale;      // [table rows]
+  const int64_t* indices;  // [rows], each a row of the table
+  FloatPtr y;              // [rows, n] row-major
+  int64_t rows, n;
+};
+
 struct Kernels {
   const char* name;
   void (*int8_linear)(const Int8Linear&);
   size_t (*int8_linear_scratch)(int64_t m, int64_t n, int64_t k);
   void (*kd_loss)(const KdLoss&);
   size_t (*kd_loss_scratch)(int64_t rows, int64_t v);
+  void (*add_layer_norm)(const AddLayerNorm&);
+  size_t (*add_layer_norm_scratch)(int64_t n);
+  void (*int8_embedding)(const Int8Embedding&);
   // What the benches call the ceiling, register to register. Both return the operations done.
   double (*peak_int8)(int64_t iterations);
   double (*peak_f32)(int64_t iterations);

@@ -4,8 +4,38 @@ import torch  # noqa: F401  # first: the extension then shares torch's OpenMP ru
 
 from potstill import nn, ops
 from potstill.checkpoint import load, save
-from potstill.transform import FusionReport, FusionRow, Int8, LayerRow, Report, fuse_, quantize_
+from potstill.transform import (
+    Calibration,
+    CalibrationRow,
+    FusionReport,
+    FusionRow,
+    Int4,
+    Int8,
+    LayerRow,
+    Mixed,
+    Report,
+    calibrate_,
+    fuse_,
+    quantize_,
+)
 
 __version__ = "0.1.0"
-__all__ = ["FusionReport", "FusionRow", "Int8", "LayerRow", "Report"]
-__all__ += ["__version__", "fuse_", "load", "nn", "ops", "quantize_", "save"]
+__all__ = [
+    "Calibration",
+    "CalibrationRow",
+    "FusionReport",
+    "FusionRow",
+    "Int4",
+    "Int8",
+    "LayerRow",
+    "Mixed",
+    "Report",
+    "__version__",
+    "calibrate_",
+    "fuse_",
+    "load",
+    "nn",
+    "ops",
+    "quantize_",
+    "save",
+]

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from potstill.errors import CheckpointError
-from potstill.nn import KINDS
+from potstill.nn import KINDS, Int8Linear
 from potstill.nn.shared import link
-from potstill.transform.swap import Undo, all_of, replace, shared_names, sites, tensor_at, tie
+from potstill.transform.swap import Site, Undo, all_of, replace, shared_names, sites, tensor_at, tie
 
 FORMAT = 1
 _KEY = "potstill"
@@ -66,10 +66,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     tensors, aliases = _distinct(model)
-    changed = [
-        {"names": site.names, "kind": site.module.kind, "config": site.module.config()}  # type: ignore[operator]
-        for site in sites(model, tuple(KINDS.values()))
-    ]
+    kinds = tuple(KINDS.values())
+    whole = [site for site in sites(model, kinds) if not any(isinstance(a, kinds) for a in site.ancestors)]
+    changed = [{"names": site.names, "kind": site.module.kind, "config": _config(site)} for site in whole]
     version = importlib.metadata.version("potstill")
     manifest = json.dumps({"format": FORMAT, "version": version, "modules": changed, "aliases": aliases})
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".potstill-") as folder:
@@ -101,6 +100,14 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors[name] = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
         used.add(memory.data_ptr())
     return tensors, aliases
+
+
+def _config(site: Site) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = site.module.config()  # type: ignore[operator]
+    except ValueError as error:  # an argument that JSON cannot hold
+        raise CheckpointError(f"save: {_some(site.names)} cannot be described: {error}") from error
+    return config
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -139,15 +146,14 @@ def load(model: M, path: str | os.PathLike[str]) -> M:
     olds = [_place(places, entry) for entry in manifest.modules]
     _change_expected(expected, manifest.modules, olds)
     _check_fit(expected, state)
-    for entry in manifest.modules:
-        _check_values(entry, state)
+    for entry, old in zip(manifest.modules, olds, strict=True):
+        _check_values(entry, old, state)
     undos: list[Undo] = []
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for entry, old in zip(manifest.modules, olds, strict=True):
-            undos.append(
-                replace(model, entry.names, _empty(entry, old, next((p.device for p in old.parameters()), "cpu")))
-            )
+            device = next((p.device for p in old.parameters()), torch.device("cpu"))
+            undos.append(replace(model, entry.names, _empty(entry, old, device)))
         _check_ties(model, manifest.aliases, state)
         kept += [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers())]
         model.load_state_dict(state)
@@ -245,23 +251,29 @@ def _place(places: Mapping[str, nn.Module], entry: _Changed) -> nn.Module:
                 f"near it are {near}; build the model as it was before it was saved"
             )
         module, kind = places[name], KINDS[entry.kind]
-        if not (_equal(entry.config, module.config()) if type(module) is kind else kind.fits(module, entry.config)):
+        expected = module.config() if type(module) is kind else kind.float_config(module)  # type: ignore[operator]
+        if expected is None or not _agree(entry.config, expected):
+            is_now = type(module).__name__ if expected is None else f"{type(module).__name__} {expected}"
             raise CheckpointError(
-                f"load: {name!r} is a {_short(module)} in the model; the file needs what {entry.kind} "
-                f"{_short(entry.config)} was made from there; build the model with the sizes it was saved with"
+                f"load: {name!r} is a {is_now} in the model; the file has {entry.kind} {_short(entry.config)} there; "
+                "build the model with the layers and sizes it was saved with"
             )
     return places[entry.names[0]]
 
 
-def _equal(given: dict[str, Any], expected: dict[str, Any]) -> bool:
-    return given == expected and all(type(given[key]) is type(value) for key, value in expected.items())  # True == 1
+def _agree(given: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Whether the file says of the layer what the model does; what only the file says is for the layer to judge."""
+    return all(
+        key in given and given[key] == value and type(given[key]) is type(value)  # True == 1
+        for key, value in expected.items()
+    )
 
 
 def _empty(entry: _Changed, old: nn.Module, device: torch.device | str) -> nn.Module:
     try:
         with torch.device(device):
             layer: nn.Module = KINDS[entry.kind](**entry.config)
-    except (TypeError, ValueError) as error:  # sizes or options that the kind does not support
+    except (TypeError, ValueError) as error:  # arguments that the kind does not have, or sizes it does not support
         raise CheckpointError(f"load: {_some(entry.names)} cannot be made: {error}") from error
     dtypes = [p.dtype for p in old.parameters() if p.dtype.is_floating_point]
     return layer.to(dtypes[0] if dtypes else None).train(old.training)
@@ -299,16 +311,15 @@ def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _check_values(entry: _Changed, state: Mapping[str, Tensor]) -> None:
+def _check_values(entry: _Changed, old: nn.Module, state: Mapping[str, Tensor]) -> None:
     """The kernels' sums are exact only for integers in [-127, 127]; see :mod:`potstill.ops.int8_linear`."""
-    prefix = f"{entry.names[0]}." if entry.names[0] else ""
-    if f"{prefix}scale" not in state:  # a layer without numbers
-        return
-    weight, scale = state[f"{prefix}weight"], state[f"{prefix}scale"]
-    if bool((weight == -128).any()):
-        raise CheckpointError(f"load: {prefix}weight has the value -128; int8 weights lie in [-127, 127]")
-    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-        raise CheckpointError(f"load: {prefix}scale has values that are negative or not finite")
+    for part, module in _empty(entry, old, "meta").named_modules():
+        prefix = "".join(f"{name}." for name in (entry.names[0], part) if name)
+        if isinstance(module, Int8Linear) and bool((state[f"{prefix}weight"] == -128).any()):
+            raise CheckpointError(f"load: {prefix}weight has the value -128; int8 weights lie in [-127, 127]")
+        scale = state.get(f"{prefix}scale")
+        if scale is not None and not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            raise CheckpointError(f"load: {prefix}scale has values that are negative or not finite")
 
 
 def _check_ties(model: nn.Module, aliases: Mapping[str, str], state: Mapping[str, Tensor]) -> None:

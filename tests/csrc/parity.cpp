@@ -262,6 +262,88 @@ void kd_loss_cases() {
   }
 }
 
+// ---- add_layer_norm: sums in another order ----
+
+struct NormCase {
+  int64_t rows, n;
+  Type type, parameter_type;
+  bool residual, weight, bias, special;
+};
+
+// A sum of n terms in another order differs by less than n ulp; normalised values are multiplied by weights below 4.
+void add_layer_norm(const NormCase& c) {
+  begin("%s add_layer_norm rows=%d n=%d %s residual=%d weight=%d bias=%d special=%d", tested.name,
+        static_cast<int>(c.rows), static_cast<int>(c.n), name(c.type), c.residual, c.weight, c.bias, c.special);
+  size_t values = static_cast<size_t>(c.rows * c.n), features = static_cast<size_t>(c.n);
+  Floats x(values, c.type), residual(values, c.type), weight(features, c.parameter_type),
+      bias(features, c.parameter_type);
+  for (size_t i = 0; i < values; ++i) {
+    x.set(i, normal() + 2.0f);
+    residual.set(i, normal());
+    if (c.special && integer(0, static_cast<int>(features)) == 0) x.set(i, pick<float>({NAN, kInf, -kInf}));
+  }
+  for (size_t i = 0; i < features; ++i) {
+    weight.set(i, uniform(-4, 4));
+    bias.set(i, normal());
+  }
+  constexpr FloatPtr kNone{nullptr, Type::f32};
+  auto run = [&](const Kernels& table, int filling, const Floats& y) {
+    Guarded scratch(table.add_layer_norm_scratch(c.n), 64, filling);
+    table.add_layer_norm({x.pointer(), c.residual ? residual.pointer() : kNone, c.weight ? weight.pointer() : kNone,
+                          c.bias ? bias.pointer() : kNone, y.pointer(), c.rows, c.n, 1e-5f, scratch.as<void>()});
+  };
+  Floats expected(values, c.type, 0x5a), got(values, c.type, 0xc5);
+  run(kernels_scalar, 0x11, expected);
+  run(tested, 0x77, got);
+  float unit = c.type == Type::f32 ? 1e-6f * (8.0f + static_cast<float>(std::sqrt(c.n))) : 1e-2f;
+  std::string difference;
+  for (size_t i = 0; i < values && difference.empty(); ++i) {
+    if (!close(got[i], expected[i], unit * (4.0f + std::fabs(expected[i]))))
+      difference = at(i, c.n, got[i], expected[i]);
+  }
+  check(difference.empty(), difference);
+}
+
+void add_layer_norm_cases() {
+  for (int64_t n : {0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 100, 770, 4099}) {
+    for (int repeat = 0; repeat < 12; ++repeat) {
+      auto any = [] { return integer(0, 1) == 1; };
+      add_layer_norm({integer(0, 9), n, pick<Type>({Type::f32, Type::bf16}), pick<Type>({Type::f32, Type::bf16}), any(),
+                      any(), any(), repeat % 4 == 0});
+    }
+  }
+}
+
+// ---- int8_embedding: bit-identical ----
+
+void int8_embedding(int64_t table_rows, int64_t rows, int64_t n, Type type) {
+  begin("%s int8_embedding table=%d rows=%d n=%d %s", tested.name, static_cast<int>(table_rows), static_cast<int>(rows),
+        static_cast<int>(n), name(type));
+  Guarded weight(static_cast<size_t>(table_rows * n), 1, 0), indices(static_cast<size_t>(rows) * 8, 8, 0);
+  Floats scale(static_cast<size_t>(table_rows), Type::f32);
+  for (int64_t i = 0; i < table_rows * n; ++i) weight.as<int8_t>()[i] = static_cast<int8_t>(integer(-127, 127));
+  for (size_t i = 0; i < scale.size; ++i) scale.set(i, uniform(1e-4f, 1e-2f));
+  for (int64_t i = 0; i < rows; ++i) indices.as<int64_t>()[i] = integer(0, static_cast<int>(table_rows) - 1);
+  Floats expected(static_cast<size_t>(rows * n), type, 0x5a), got(static_cast<size_t>(rows * n), type, 0xc5);
+  for (auto [table, y] : {std::pair{&kernels_scalar, &expected}, std::pair{&tested, &got}}) {
+    table->int8_embedding(
+        {weight.as<int8_t>(), scale.memory.as<float>(), indices.as<int64_t>(), y->pointer(), rows, n});
+  }
+  std::string difference;
+  for (size_t i = 0; i < got.size && difference.empty(); ++i) {
+    if (got.bits(i) != expected.bits(i)) difference = at(i, n, got[i], expected[i]);
+  }
+  check(difference.empty(), difference);
+}
+
+void int8_embedding_cases() {
+  for (int64_t n : {0, 1, 3, 4, 7, 8, 15, 16, 17, 63, 64, 65, 770}) {
+    for (int64_t rows : {0, 1, 2, 5, 67}) {
+      for (Type type : {Type::f32, Type::bf16}) int8_embedding(integer(1, 40), rows, n, type);
+    }
+  }
+}
+
 // ---- the ceilings: nothing to compare but that they count what they did and read what they were given ----
 
 void ceilings() {
@@ -282,6 +364,8 @@ int main(int count, char** arguments) {
   explain_faults();
   int8_linear_shapes();
   kd_loss_cases();
+  add_layer_norm_cases();
+  int8_embedding_cases();
   ceilings();
   if (failures > 0) {
     fprintf(stderr, "%s: %ld of %ld checks failed (seed %u)\n", tested.name, failures, checks, seed);

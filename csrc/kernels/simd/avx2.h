@@ -40,6 +40,15 @@ inline F load_n(const bf16* p, int n, float fill) {
   for (int i = 0; i < n; ++i) t[i] = p[i];
   return {_mm256_blendv_ps(_mm256_set1_ps(fill), load(t).v, _mm256_castsi256_ps(first(n)))};
 }
+inline F load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline F load_n(const int8_t* p, int n, float fill) {
+  if (n >= kLanes) return load(p);
+  int8_t t[kLanes] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return {_mm256_blendv_ps(_mm256_set1_ps(fill), load(t).v, _mm256_castsi256_ps(first(n)))};
+}
 inline __m128i halve(F a) {  // to bf16, nearest even; a NaN stays a (quiet) NaN
   __m256i b = _mm256_castps_si256(a.v);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));

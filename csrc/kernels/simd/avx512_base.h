@@ -37,6 +37,15 @@ inline F load_n(const bf16* p, int n, float fill) {
   for (int i = 0; i < n; ++i) t[i] = p[i];
   return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), load(t).v)};
 }
+inline F load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline F load_n(const int8_t* p, int n, float fill) {
+  if (n >= kLanes) return load(p);
+  int8_t t[kLanes] = {};
+  for (int i = 0; i < n; ++i) t[i] = p[i];
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first(n), load(t).v)};
+}
 inline void store(bf16* p, F a) {  // nearest even; a NaN stays a (quiet) NaN
   __m512i b = _mm512_castps_si512(a.v);
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));

@@ -47,6 +47,17 @@ inline F load_n(const bf16* p, int n, float fill) {
   for (int i = 0; i < n && i < 4; ++i) t[i] = p[i];
   return {vbslq_f32(first(n), load(t).v, vdupq_n_f32(fill))};
 }
+inline F load(const int8_t* p) {
+  int32_t quad;
+  memcpy(&quad, p, 4);
+  int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(quad));
+  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(bytes))))};
+}
+inline F load_n(const int8_t* p, int n, float fill) {
+  float t[4] = {fill, fill, fill, fill};
+  for (int i = 0; i < n && i < 4; ++i) t[i] = static_cast<float>(p[i]);
+  return load(t);
+}
 inline void store(bf16* p, F a) {  // nearest even; a NaN stays a (quiet) NaN
   uint32x4_t b = vreinterpretq_u32_f32(a.v);
   uint32x4_t odd = vandq_u32(vshrq_n_u32(b, 16), vdupq_n_u32(1));

@@ -4,6 +4,7 @@
 //   kLanes                     floats (and int32s) in one vector
 //   F, I                       vectors of kLanes floats / int32s
 //   load load_n store store_n  float and bf16 memory; *_n touch only the first n lanes, load_n fills the rest
+//   load load_n                also of int8 memory, widened to floats
 //   set1 add sub mul div fma neg round_even sum top
 //   max                        the larger; if either is a NaN, the second
 //   exp2i                      its argument's bits shifted left by 23: 2^n from 1.5 * 2^23 + 127 + n, -126 <= n <= 127;
@@ -55,6 +56,8 @@ inline F load(const bf16* p) {
   return r;
 }
 inline F load_n(const bf16* p, int n, float fill) { return n > 0 ? load(p) : F{fill}; }
+inline F load(const int8_t* p) { return {static_cast<float>(*p)}; }
+inline F load_n(const int8_t* p, int n, float fill) { return n > 0 ? load(p) : F{fill}; }
 inline void store(bf16* p, F a) {
   uint32_t bits;
   memcpy(&bits, &a.v, 4);

@@ -1,11 +1,28 @@
 """Drop-in modules over the ops."""
 
+from typing import Any
+
 from potstill.nn.activation import FusedActivation
+from potstill.nn.attention import Int8MultiheadAttention
+from potstill.nn.embedding import Int8Embedding
+from potstill.nn.encoder import Int8TransformerEncoderLayer
 from potstill.nn.linear import Int8Linear
 from potstill.nn.loss import KDLoss
+from potstill.nn.norm import AddLayerNorm
 from potstill.nn.shared import Int8LinearPart
 
-KINDS = {kind.kind: kind for kind in (Int8Linear, Int8LinearPart, FusedActivation)}
+_LAYERS = (Int8Linear, Int8LinearPart, FusedActivation, Int8Embedding, Int8MultiheadAttention)
+KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer)}
 """Each drop-in layer by the name that checkpoints know it by."""
 
-__all__ = ["KINDS", "FusedActivation", "Int8Linear", "Int8LinearPart", "KDLoss"]
+__all__ = [
+    "KINDS",
+    "AddLayerNorm",
+    "FusedActivation",
+    "Int8Embedding",
+    "Int8Linear",
+    "Int8LinearPart",
+    "Int8MultiheadAttention",
+    "Int8TransformerEncoderLayer",
+    "KDLoss",
+]

@@ -26,10 +26,11 @@ class FusedActivation(nn.Module):
         check_activation("FusedActivation", activation)
         self.activation = activation
 
-    @classmethod
-    def fits(cls, module: nn.Module, config: dict[str, Any]) -> bool:
-        """Whether ``module`` is an activation that a layer of this ``config`` may stand for."""
-        return config.keys() == {"activation"} and activation_name(module) == config["activation"]
+    @staticmethod
+    def float_config(module: nn.Module) -> dict[str, Any] | None:
+        """What an activation says of the :meth:`config` of what stands for it; None for any other module."""
+        name = activation_name(module)
+        return None if name is None else {"activation": name}
 
     @classmethod
     def of(cls, module: nn.Module, activation: str) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ class Int8Linear(nn.Module):
     """
 
     kind = "int8_linear"
-    _options: ClassVar = ("activation",)  # what its config has beside the sizes
     weight: nn.Parameter
     scale: Tensor
     bias: nn.Parameter | None
@@ -56,26 +55,45 @@ class Int8Linear(nn.Module):
         zero_bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
         self.register_parameter("bias", zero_bias)  # also when it is None
 
+    @staticmethod
+    def float_config(module: nn.Module) -> dict[str, Any] | None:
+        """What an ``nn.Linear`` says of the :meth:`config` of its int8 form; None for any other module."""
+        if type(module) is not nn.Linear:
+            return None
+        bias = module.bias is not None
+        return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
+
     @classmethod
     def from_float(cls, linear: nn.Linear, activation: str = "none") -> Self:
         """The int8 form of ``linear`` and an activation after it; the bias's memory is shared, not copied."""
-        with torch.device(linear.weight.device):
-            layer = cls(linear.in_features, linear.out_features, bias=False, activation=activation)
-        integers, scale = quantize_weight(linear.weight)
-        layer.weight.data, layer.scale = pack(integers), scale
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        layer.train(linear.training)
-        return layer
+        layer = cls.from_integers(*quantize_weight(linear.weight), linear.bias, activation)
+        return layer.train(linear.training)
 
     @classmethod
-    def fits(cls, module: nn.Module, config: dict[str, Any]) -> bool:
-        """Whether ``module`` is a float layer that a layer of this ``config`` may stand for."""
-        if type(module) is not nn.Linear or not config.keys() <= {"in_features", "out_features", "bias", *cls._options}:
-            return False
-        sizes = (module.in_features, module.out_features, module.bias is not None)
-        given = (config.get("in_features"), config.get("out_features"), config.get("bias"))
-        return given == sizes and [*map(type, given)] == [*map(type, sizes)]  # True == 1
+    def from_integers(
+        cls, integers: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+    ) -> Self:
+        """The layer with the weight ``integers * scale[:, None]``; the bias's memory is shared, not copied.
+
+        ``integers``: [out_features, in_features] int8 in [-127, 127]; ``scale``: [out_features] float32.
+        Raises :class:`ValueError` if they are anything else.
+        """
+        if integers.dtype != torch.int8 or integers.dim() != 2 or bool((integers == -128).any()):
+            raise ValueError(
+                f"Int8Linear: integers are {integers.dtype} {list(integers.shape)}, expected int8 "
+                "[out_features, in_features] with values in [-127, 127]"
+            )
+        if scale.dtype != torch.float32 or scale.shape != integers.shape[:1]:
+            raise ValueError(
+                f"Int8Linear: scale is {scale.dtype} {list(scale.shape)}, expected float32 [{len(integers)}]: one for "
+                "each output"
+            )
+        with torch.device(integers.device):
+            layer = cls(integers.shape[1], integers.shape[0], bias=False, activation=activation)
+        layer.weight.data, layer.scale = pack(integers), scale
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
 
     def to_float(self) -> nn.Linear:
         """A float32 ``nn.Linear`` with the dequantised weight and a copy of the bias, without the activation."""

@@ -23,7 +23,6 @@ class Int8LinearPart(Int8Linear):
     """
 
     kind = "int8_linear_part"
-    _options = ("group",)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, group: int) -> None:
         super().__init__(in_features, out_features, bias)

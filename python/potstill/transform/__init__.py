@@ -1,7 +1,22 @@
 """Changes a model in place, one kind of change per file; every change reports what it did and why."""
 
+from potstill.transform.calibrate import Calibration, CalibrationRow, calibrate_
+from potstill.transform.configs import Int4, Int8, Mixed
 from potstill.transform.fuse import FusionReport, FusionRow, fuse_
-from potstill.transform.quantize import Int8, quantize_
+from potstill.transform.quantize import quantize_
 from potstill.transform.report import LayerRow, Report
 
-__all__ = ["FusionReport", "FusionRow", "Int8", "LayerRow", "Report", "fuse_", "quantize_"]
+__all__ = [
+    "Calibration",
+    "CalibrationRow",
+    "FusionReport",
+    "FusionRow",
+    "Int4",
+    "Int8",
+    "LayerRow",
+    "Mixed",
+    "Report",
+    "calibrate_",
+    "fuse_",
+    "quantize_",
+]

@@ -17,7 +17,7 @@ from potstill.errors import ConversionError
 from potstill.nn import FusedActivation, Int8Linear, Int8LinearPart
 from potstill.nn.activation import activation_name
 from potstill.nn.shared import link, why_not_shared
-from potstill.transform.measure import fastest, forward
+from potstill.transform.measure import calling, fastest
 from potstill.transform.observe import Call, Sample, run
 from potstill.transform.swap import Undo, all_of, replace, sites
 from potstill.transform.trace import Trace, trace
@@ -184,7 +184,7 @@ def _activation_ways(
     layer: Int8Linear, module: nn.Module, fused: Int8Linear, call: Call
 ) -> dict[str, Callable[[], object]]:
     separate = nn.Sequential(layer, module)
-    return {"before": forward(separate, call, layer.in_features), "after": forward(fused, call, layer.in_features)}
+    return _ways(separate, fused, call, layer.in_features)
 
 
 def _groups(model: nn.Module, seen: Trace, names: dict[nn.Module, tuple[str, ...]]) -> Iterable[_Candidate]:
@@ -221,8 +221,12 @@ def _group_ways(
     layers: Sequence[Int8Linear], parts: Sequence[Int8LinearPart], call: Call
 ) -> dict[str, Callable[[], object]]:
     link(nn.ModuleList(parts))
-    features = layers[0].in_features
-    return {"before": forward(_All(layers), call, features), "after": forward(_All(parts), call, features)}
+    return _ways(_All(layers), _All(parts), call, layers[0].in_features)
+
+
+def _ways(before: nn.Module, after: nn.Module, call: Call, features: int) -> dict[str, Callable[[], object]]:
+    x = torch.randn(call.rows, features, generator=torch.Generator().manual_seed(0)).to(call.dtype)
+    return {"before": calling(before, call, (x,), {}), "after": calling(after, call, (x,), {})}
 
 
 class _All(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,28 +35,31 @@ def fastest(comparisons: Mapping[K, Mapping[str, Callable[[], object]]]) -> dict
     return best
 
 
-def forward(layer: nn.Module, call: Call, features: int) -> Callable[[], object]:
-    """A function that calls ``layer`` on random rows in the way of ``call``."""
-    x = torch.randn(call.rows, features, generator=torch.Generator().manual_seed(0)).to(call.dtype)
+def calling(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[[], object]:
+    """A function that calls ``module`` with these arguments, under autocast if ``call`` was."""
 
     def run() -> object:
-        with _autocast(call.autocast):  # entered per call: on leaving it torch forgets the weights that it cast
-            return layer(x)
+        with autocast(call.autocast):  # entered per call: on leaving it torch forgets the weights that it cast
+            return module(*args, **kwargs)
 
     return run
 
 
-def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
+def autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    """Autocast to ``dtype`` inside, or none."""
     if dtype == autocast_dtype():
         return nullcontext()
     return torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
 
 
-def snr_db(layer: nn.Module, replacement: nn.Module, x: Tensor) -> float | None:
-    """10 log10(sum y^2 / sum (y - y')^2) of the outputs for ``x``; None if that is no number."""
-    with _autocast(None):
-        y, other = layer(x).double(), replacement(x).double()
-    signal, noise = float(y.square().sum()), float((y - other).square().sum())
+def snr_db(wanted: Tensor, other: Tensor) -> float | None:
+    """10 log10(sum y^2 / sum (y - y')^2); None if that is no number."""
+    y, changed = wanted.double(), other.double()
+    return decibels(float(y.square().sum()), float((y - changed).square().sum()))
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise); None if that is no number."""
     defined = 0 < signal < math.inf and 0 < noise < math.inf
     return 10 * math.log10(signal / noise) if defined else None
 

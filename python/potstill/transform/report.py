@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
+
+from potstill.transform.table import text_table
 
 
 @dataclass(frozen=True)
@@ -14,24 +15,28 @@ class LayerRow:
 
     - ``names``: every dotted name of the layer in the model; ``""`` is the model itself.
     - ``kind``: the class it had; ``shape``: (out_features, in_features).
-    - ``action``: what it is now: ``"int8"``, or ``"kept"`` as it was; ``reason``: why.
+    - ``action``: what it is now: ``"int8"``, ``"int4"``, or ``"kept"`` as it was; ``reason``: why.
     - ``bytes_before``, ``bytes_after``: its parameters and buffers; those shared with other layers count in each.
-    - ``ms_before``, ``ms_after``: milliseconds of the float and of the int8 form, as :attr:`Report.measured` says; None
-      where nothing was measured. A layer that was kept because int8 is slower has both.
-    - ``snr_db``: 10 log10(sum y^2 / sum (y - y_int8)^2) of its outputs; None where not measured or the same.
+    - ``ms_before``, ``ms_after``: milliseconds of the float and of the new form, as :attr:`Report.measured` says; None
+      where nothing was measured. A layer that was kept because it would be slower has both.
+    - ``snr_db``: 10 log10(sum y^2 / sum (y - y_new)^2) of its outputs; None where not measured or the same.
+    - ``rounding``: how its weights were rounded: ``"nearest"``, or the method of :func:`calibrate_`; "" if kept.
+    - ``nearest_snr_db``: ``snr_db`` if a calibrated layer had been rounded to nearest.
     - ``rows``: input rows of a call -> calls with so many, in one run of the sample.
     """
 
     names: tuple[str, ...]
     kind: str
-    shape: tuple[int, int]
-    action: Literal["int8", "kept"]
+    shape: tuple[int, ...]
+    action: str
     reason: str
     bytes_before: int
     bytes_after: int
     ms_before: float | None
     ms_after: float | None
     snr_db: float | None
+    rounding: str
+    nearest_snr_db: float | None
     rows: dict[int, int]
 
 
@@ -87,24 +92,7 @@ class Report:
 
     def __str__(self) -> str:
         """A table for a terminal of 120 columns."""
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
-        table.add_column("layer", overflow="fold")
-        for title in ("out x in", "now", "size", "ms", "SNR dB"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("why", overflow="fold")
-        for row in self.rows:
-            table.add_row(*(Text(cell) for cell in _cells(row)))
-        console = Console(file=io.StringIO(), width=120, color_system=None, force_terminal=False, legacy_windows=False)
-        console.print(table)
-        for line in self._summary():
-            console.print(Text(line))
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+        return text_table(("out x in", "now", "size", "ms", "SNR dB"), map(_cells, self.rows), self._summary())
 
     def _summary(self) -> Iterable[str]:
         yield f"{len(self.converted)} of {len(self.rows)} layers converted"
@@ -114,6 +102,8 @@ class Report:
             ratio = self.ms_before / self.ms_after
             yield f"time of the layers: {self.ms_before:.3g} -> {self.ms_after:.3g} ms ({ratio:.2f} times the speed)"
             yield f"times are {self.measured}"
+        if any(row.nearest_snr_db is not None for row in self.rows):
+            yield "SNR of calibrated layers: with weights rounded to nearest -> as calibrated"
 
 
 def _cells(row: LayerRow) -> tuple[str, ...]:
@@ -123,7 +113,9 @@ def _cells(row: LayerRow) -> tuple[str, ...]:
         size += f" -> {_size(row.bytes_after)}"
     ms = "" if row.ms_before is None or row.ms_after is None else f"{row.ms_before:.3g} -> {row.ms_after:.3g}"
     snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
-    return names, f"{row.shape[0]} x {row.shape[1]}", row.action, size, ms, snr, row.reason
+    if row.nearest_snr_db is not None:
+        snr = f"{row.nearest_snr_db:.1f} -> {snr}"
+    return names, " x ".join(map(str, row.shape)), row.action, size, ms, snr, row.reason
 
 
 def _size(count: int) -> str:

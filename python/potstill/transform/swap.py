@@ -186,5 +186,5 @@ def _no_match(found: Sequence[Site], pattern: Pattern, argument: str) -> str:
         given = pattern.__name__
         names = sorted({type(m).__name__ for site in found for m in (site.module, *site.ancestors)})
         near = difflib.get_close_matches(given, names, n=5, cutoff=0.5) or names[:5]
-    instead = f"did you mean {', '.join(map(repr, near))}?" if near else "the model has no linear layer"
-    return f"{argument}: {given} matches no linear layer of the model; {instead}"
+    instead = f"did you mean {', '.join(map(repr, near))}?" if near else "the model has none"
+    return f"{argument}: {given} matches no layer that could be converted; {instead}"

@@ -1,0 +1,110 @@
+"""Linear layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from potstill.nn import Int8Linear
+from potstill.ops import int8_linear
+from potstill.ops.int8_linear import MAX_FEATURES
+from potstill.ops.op import Op
+from potstill.transform.configs import Int8
+from potstill.transform.eligible import why_not_plain, why_not_weight
+from potstill.transform.grid import Grid
+from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, autocast_dtype
+from potstill.transform.rounding import Rounding
+from potstill.transform.rules.rule import Arguments, Rule
+from potstill.transform.swap import Site
+
+USUAL_ROWS = (1, 32, 128)
+"""Without a sample: a token, a small batch, a sentence."""
+
+
+class LinearRule(Rule[RowCalls]):
+    """``nn.Linear`` becomes a layer over ``op``."""
+
+    source = nn.Linear
+    can_share = True
+    op: ClassVar[Op]
+
+    @abstractmethod
+    def too_long(self, features: int) -> str:
+        """Why ``op`` does not take so many features; empty if it does."""
+
+    def why_not(self, site: Site) -> str:
+        """See :class:`Rule`."""
+        module = site.module
+        if any(isinstance(a, nn.MultiheadAttention) and a.out_proj is module for a in site.ancestors):
+            return "read by nn.MultiheadAttention, which never calls it"
+        why = why_not_plain(module, nn.Linear, ("weight", "bias"))
+        if why:
+            return why
+        weight = module.get_parameter("weight")
+        return self.too_long(weight.shape[1]) or why_not_weight(weight, self.op)
+
+    def why_not_call(self, call: Call) -> str:
+        """See :class:`Rule`."""
+        backend, why = self.op.backend("cpu", call.used_dtype)
+        return "" if backend == "kernel" else f"for its input in the sample {why}"
+
+    def watch(self) -> RowCalls:
+        """See :class:`Rule`."""
+        return RowCalls()
+
+    def usual(self, module: nn.Module) -> Mapping[Call, int]:
+        """See :class:`Rule`."""
+        dtype = module.get_parameter("weight").dtype
+        return {Call(rows, dtype, autocast_dtype()): 1 for rows in USUAL_ROWS}
+
+    def arguments(self, module: nn.Linear, call: Call, calls: RowCalls | None) -> Arguments:
+        """Random rows."""
+        x = torch.randn(call.rows, module.in_features, generator=torch.Generator().manual_seed(0))
+        return (x.to(call.dtype),), {}
+
+    def example(self, module: nn.Linear, calls: RowCalls) -> Arguments:
+        """See :class:`Rule`."""
+        rows = calls.inputs
+        if not rows:
+            rows = [torch.randn(KEPT_ROWS, module.in_features, generator=torch.Generator().manual_seed(0))]
+        return (torch.cat([part.to(module.weight.dtype) for part in rows]),), {}
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        """See :class:`Rule`."""
+        return int(module.out_features), int(module.in_features)
+
+    def share(self, first: Int8Linear, other: Int8Linear) -> None:
+        """See :class:`Rule`."""
+        other.weight, other.scale = first.weight, first.scale
+
+    def alike(self, module: nn.Linear) -> Hashable:
+        """Sizes, dtype and whether there is a bias."""
+        return module.weight.shape, module.weight.dtype, module.bias is None
+
+
+class LinearToInt8(LinearRule):
+    """:class:`nn.Int8Linear`."""
+
+    target = Int8Linear
+    config = Int8
+    action = "int8"
+    op = int8_linear
+
+    def too_long(self, features: int) -> str:
+        """See :class:`LinearRule`."""
+        return f"has {features} inputs; int8 sums are exact up to {MAX_FEATURES}" if features > MAX_FEATURES else ""
+
+    def grid(self, config: Int8) -> Grid:
+        """That of :func:`ops.int8_linear.quantize_weight`."""
+        return Grid(-127, 127, group=None, symmetric=True)
+
+    def build(self, module: nn.Linear, config: Int8, rounding: Rounding | None) -> Int8Linear:
+        """See :class:`Rule`."""
+        if rounding is None:
+            return Int8Linear.from_float(module)
+        layer = Int8Linear.from_integers(rounding.integers, rounding.scale, module.bias)
+        return layer.train(module.training)
