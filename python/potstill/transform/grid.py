@@ -92,5 +92,6 @@ class Grid:
             scale = high.abs() / self.high if self.low == -self.high else high / self.low
         else:
             scale = (high - low) / (self.high - self.low)
-        scale = torch.where(scale.abs() < _SMALLEST, 1.0, scale).to(self.scale_dtype).float()
-        return scale, None if self.symmetric else torch.round(self.low - low / scale).clamp_(self.low, self.high)
+        scale = torch.where(scale.abs() < _SMALLEST, 1.0, scale)
+        zero = None if self.symmetric else torch.round(self.low - low / scale).clamp_(self.low, self.high)
+        return scale.to(self.scale_dtype).float(), zero
