@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("quick", "one_thread")
 
 GRIDS = {
     "int8": Grid(-127, 127, None, True),
-    "int4": Grid(-7, 7, 32, True),
-    "int4 zero": Grid(0, 15, 32, False),
-    "int4 128": Grid(-7, 7, 128, True),
+    "int4": Grid(-8, 7, 32, True, torch.bfloat16),
+    "int4 zero": Grid(0, 15, 32, False, torch.bfloat16),
+    "int4 128": Grid(-8, 7, 128, True, torch.bfloat16),
 }
 
 
@@ -102,6 +102,16 @@ def test_nearest_on_the_int8_grid_is_what_from_float_does() -> None:
     assert torch.equal(integers, expected[0])
     assert torch.equal(scale, expected[1])
     assert zero is None
+
+
+def test_int4_scales_have_the_sign_of_the_largest_weight_and_fit_bfloat16() -> None:
+    weight = torch.randn(20, 64)
+    integers, scale, _ = round_by_groups(weight, GRIDS["int4"], None)
+    assert torch.equal(scale, scale.bfloat16().float())
+    groups, largest = integers.view(20, 2, 32), weight.view(20, 2, 32).abs().argmax(-1, keepdim=True)
+    assert bool((groups.gather(2, largest) == -8).all())
+    error = (GRIDS["int4"].weight(integers, scale, None) - weight).view(20, 2, 32).abs().amax(dim=-1)
+    assert bool((error < 1.05 * scale.abs()).all())  # one that is as large, but of the other sign, becomes 7
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -17,13 +17,16 @@ _CHUNK = 1 << 15  # weights that are searched at a time: so few that their tempo
 class Grid:
     """Integers from ``low`` to ``high``; one scale for each ``group`` inputs of an output, or for all if that is None.
 
-    A weight is read as ``(integer - zero) * scale``; a symmetric grid has no zero point (zero is None).
+    A weight is read as ``(integer - zero) * scale``; a symmetric grid has no zero point (zero is None). If it has one
+    integer more below zero than above, the largest weight of a group becomes ``low`` and the scale has the sign for
+    that. Scales are such as ``scale_dtype`` can hold.
     """
 
     low: int
     high: int
     group: int | None
     symmetric: bool
+    scale_dtype: torch.dtype = torch.float32
 
     def stack(self, scales: Sequence[Tensor], zeros: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
         """The scales and zeros of all groups in one tensor each: [n, groups], or [n] if an output has but one."""
@@ -77,12 +80,18 @@ class Grid:
         return best
 
     def _extent(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """From where to where each row reaches; zero is always inside."""
-        low, high = rows.amin(dim=1).clamp_(max=0), rows.amax(dim=1).clamp_(min=0)
-        return (torch.minimum(low, -high), torch.maximum(high, -low)) if self.symmetric else (low, high)
+        """From where to where each row reaches, zero included; on a symmetric grid its largest weight, twice."""
+        if self.symmetric:
+            largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+            return largest, largest
+        return rows.amin(dim=1).clamp_(max=0), rows.amax(dim=1).clamp_(min=0)
 
     def _span(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """The scale and zero whose grid reaches from ``low`` to ``high``."""
-        scale = high / self.high if self.symmetric else (high - low) / (self.high - self.low)
-        scale = torch.where(scale < _SMALLEST, 1.0, scale)
-        return scale, None if self.symmetric else torch.round(self.low - low / scale).clamp_(self.low, self.high)
+        if self.symmetric:
+            scale = high.abs() / self.high if self.low == -self.high else high / self.low
+        else:
+            scale = (high - low) / (self.high - self.low)
+        scale = torch.where(scale.abs() < _SMALLEST, 1.0, scale)
+        zero = None if self.symmetric else torch.round(self.low - low / scale).clamp_(self.low, self.high)
+        return scale.to(self.scale_dtype).float(), zero
