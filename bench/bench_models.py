@@ -13,7 +13,7 @@ from rich.console import Console
 
 import peers
 from contest import checker, contest, prepared
-from peers import MODEL
+from peers import MODEL, Contestant, Job, reason
 from potstill import _C
 from standings import Row, columns, save
 from subjects import DECODERS, SUBJECTS, build
@@ -28,7 +28,12 @@ def main() -> int:
     contestants, missing = peers.load(MODEL)
     contestants = [c for c in contestants if not (options.quick and "compile" in c.name)]
     for name in options.model:
-        for row in _rows(name, contestants, options.threads):
+        try:
+            job = build(name)
+        except ImportError as error:  # the package with its weights
+            missing[name] = reason(error)
+            continue
+        for row in _rows(name, job, contestants, options.threads):
             rows.append(row)
             console.print(columns(row, "tokens/s" if name in DECODERS else "ms"))
         gc.collect()  # of sessions and copies of the weights
@@ -52,8 +57,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _rows(name: str, contestants: list[peers.Contestant], thread_counts: list[int]) -> Iterator[Row]:
-    job = build(name)
+def _rows(name: str, job: Job, contestants: list[Contestant], thread_counts: list[int]) -> Iterator[Row]:
     starts, failed = prepared(contestants, job)
     check = checker(job)
     for threads in thread_counts:

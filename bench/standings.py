@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -58,7 +57,7 @@ class Row:
         """Whether the machine was calm."""
         return steady(entry.timing for entry in self.entries if entry.timing)
 
-    def _fastest(self, wanted: Any) -> str | None:
+    def _fastest(self, wanted: Callable[[str], bool]) -> str | None:
         timed = {e.name: e.timing.median for e in self.entries if e.timing and wanted(e.name)}
         return min(timed, key=timed.__getitem__, default=None)
 
