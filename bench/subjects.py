@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from peers import Job
 
@@ -49,7 +50,13 @@ class Step(nn.Module):
         self.model = model
 
     def forward(self, token: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        cache = transformers.DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
+        cache = transformers.DynamicCache()
+        for keys, values in zip(past[::2], past[1::2], strict=True):
+            # Not by update(): it would copy the whole cache once more, by a cat with an empty tensor.
+            layer = DynamicLayer()
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+            cache.layers.append(layer)
         position = torch.full_like(token, past[0].shape[2])
         output = self.model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True)
         layers = output.past_key_values.layers

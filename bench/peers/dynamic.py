@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peers import INT8, MODEL, Job, Start, contestant
-from peers.torch_ import single
+from peers.torch_ import first, single
 from potstill.ops.rivals import dynamic, engines
 
 
@@ -13,7 +13,7 @@ def _enter(engine: str) -> None:
     @contestant(f"quantize_dynamic {engine}", *tables)
     def prepare(job: Job) -> Start:
         call = dynamic(single(job.module), engine, *job.inputs)
-        return lambda: call
+        return lambda: lambda: first(call())
 
 
 for _engine in engines():

@@ -16,8 +16,7 @@ def calling(module: nn.Module, inputs: tuple[Tensor, ...]) -> Start:
     run = single(module)
 
     def call() -> Any:
-        result = run(*inputs)
-        return result if isinstance(result, Tensor) else result[0]
+        return first(run(*inputs))
 
     return lambda: call
 
@@ -31,6 +30,11 @@ def compiled(module: nn.Module, inputs: tuple[Tensor, ...]) -> Start:
         return call
 
     return start
+
+
+def first(result: Any) -> Any:
+    """The first of several outputs."""
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def single(module: nn.Module) -> nn.Module:
