@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 import peers
-from contest import checker, contest, prepared
+from contest import checker, contest, hushed, prepared
 from peers import MODEL, Contestant, Job, reason
 from potstill import _C
 from standings import Row, columns, save
@@ -29,7 +29,8 @@ def main() -> int:
     contestants = [c for c in contestants if not (options.quick and "compile" in c.name)]
     for name in options.model:
         try:
-            job = build(name)
+            with hushed():
+                job = build(name)
         except ImportError as error:  # the package with its weights
             missing[name] = reason(error)
             continue

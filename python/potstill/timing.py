@@ -30,8 +30,8 @@ def compare(
 
     Each of at most ``rounds`` (at least 2) rounds runs every call for about ``block`` seconds (at least once, after one
     untimed call that brings its data back into the caches), in an order that reverses every round; ``seconds`` bounds
-    the whole, except that three rounds always run. ``before`` is called, untimed, before each block. A spell that outlasts half of the rounds shows in the medians; only
-    a second comparison at another time can tell.
+    the whole, except that three rounds always run. ``before`` is called, untimed, before each block. A spell that
+    outlasts half of the rounds shows in the medians; only a second comparison at another time can tell.
 
     >>> times = compare({"short": lambda: sum(range(10)), "long": lambda: sum(range(10_000))}, seconds=0.05)
     >>> times["short"].median < times["long"].median
