@@ -19,14 +19,19 @@ class Timing:
 
 
 def compare(
-    calls: Mapping[str, Callable[[], object]], *, seconds: float = 0.2, rounds: int = 9, block: float = 2e-3
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 0.2,
+    rounds: int = 9,
+    block: float = 2e-3,
+    before: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Times the calls interleaved, so that a slow spell of the machine hits all of them alike.
 
     Each of at most ``rounds`` (at least 2) rounds runs every call for about ``block`` seconds (at least once, after one
     untimed call that brings its data back into the caches), in an order that reverses every round; ``seconds`` bounds
-    the whole, except that three rounds always run. A spell that outlasts half of the rounds shows in the medians; only
-    a second comparison at another time can tell.
+    the whole, except that three rounds always run. ``before`` is called, untimed, before each block. A spell that
+    outlasts half of the rounds shows in the medians; only a second comparison at another time can tell.
 
     >>> times = compare({"short": lambda: sum(range(10)), "long": lambda: sum(range(10_000))}, seconds=0.05)
     >>> times["short"].median < times["long"].median
@@ -45,6 +50,8 @@ def compare(
         for name in order:
             # Sized by the fastest time so far: one interruption does not leave the later blocks too short.
             count = max(1, min(1000, int(block / max(fastest[name], 1e-7))))
+            if before is not None:
+                before()
             calls[name]()
             sample = _time(calls[name], count)
             samples[name].append(sample)

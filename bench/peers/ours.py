@@ -1,0 +1,61 @@
+"""potstill itself, as a user would call it."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+import potstill
+from peers import GROUP, INT4, INT8, MODEL, Call, Job, Start, contestant
+from peers.torch_ import calling, compiled
+from potstill.nn import Int8Linear
+
+
+@contestant("potstill int8", INT8, INT4)
+def int8(job: Job) -> Start:
+    layers = [Int8Linear.from_float(layer) for layer in job.module.children() if isinstance(layer, nn.Linear)]
+    return calling(nn.Sequential(*layers), job.inputs)
+
+
+@contestant("potstill int4", INT4)
+def int4(job: Job) -> Start:
+    _needs(potstill.nn, "Int4Linear")
+    layer_type = potstill.nn.Int4Linear
+    layers = [layer_type.from_float(layer, group_size=GROUP) for layer in job.module.children()]
+    return calling(nn.Sequential(*layers), job.inputs)
+
+
+@contestant("potstill eager", MODEL)
+def eager(job: Job) -> Start:
+    """``quantize_`` decides anew for each number of threads, so it belongs to the start; so for those below."""
+    return lambda: calling(_quantized(job), job.inputs)()
+
+
+@contestant("potstill eager + fuse", MODEL)
+def fused(job: Job) -> Start:
+    _needs(potstill, "fuse_")
+
+    def start() -> Call:
+        model = copy.deepcopy(job.module)
+        potstill.fuse_(model, job.inputs)
+        potstill.quantize_(model, sample_input=job.inputs)
+        return calling(model, job.inputs)()
+
+    return start
+
+
+@contestant("potstill compiled", MODEL)
+def quantized_and_compiled(job: Job) -> Start:
+    return lambda: compiled(_quantized(job), job.inputs)()
+
+
+def _quantized(job: Job) -> nn.Module:
+    model = copy.deepcopy(job.module)
+    potstill.quantize_(model, sample_input=job.inputs)
+    return model
+
+
+def _needs(owner: object, name: str) -> None:
+    if not hasattr(owner, name):
+        raise NotImplementedError(f"this potstill has no {name} yet")
