@@ -3,18 +3,33 @@
 #include <omp.h>
 #include <stdint.h>
 
+constexpr int kMostThreads = 256;  // bounds the stack that the tasks' counters take: 16 KiB
+
 // Runs body(task) for task in [0, tasks). Serial when `worth_it` is false, inside another parallel region, or with
-// one thread. Tasks are handed out one at a time: a core that is taken away for a while costs one task, not half.
+// one thread. Each thread has a range of tasks of its own, so that it finds in its cache what it had there the last
+// time, and takes them one at a time; then it helps the others: a core that is taken away for a while costs one task.
 template <class Body>
 inline void parallel_for(int64_t tasks, bool worth_it, const Body& body) {
   int threads = worth_it && tasks > 1 && !omp_in_parallel() ? omp_get_max_threads() : 1;
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads > kMostThreads) threads = kMostThreads;
   if (threads == 1) {
     for (int64_t i = 0; i < tasks; ++i) body(i);
     return;
   }
-  if (threads > tasks) threads = static_cast<int>(tasks);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < tasks; ++i) body(i);
+  struct alignas(64) Next {
+    int64_t task;
+  } next[kMostThreads];
+  for (int t = 0; t < threads; ++t) next[t].task = t * tasks / threads;
+#pragma omp parallel num_threads(threads)
+  {
+    int mine = omp_get_thread_num();
+    for (int i = 0; i < threads; ++i) {
+      int owner = (mine + i) % threads;
+      int64_t end = (owner + 1) * tasks / threads;
+      for (int64_t task; (task = __atomic_fetch_add(&next[owner].task, 1, __ATOMIC_RELAXED)) < end;) body(task);
+    }
+  }
 }
 
 inline int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import potstill
 from potstill.errors import CheckpointError
 from potstill.nn import Int8MultiheadAttention, Int8TransformerEncoderLayer
+from potstill.ops import int8_linear
 from potstill.transform.observe import unfused
 
 WIDTH, HEADS, INNER, BATCH, LENGTH = 48, 4, 80, 3, 9
@@ -62,7 +63,9 @@ def test_fused_pieces_leave_exactly_the_sum_of_the_parts(bias: bool) -> None:
     _, fast = pair(bias=bias, activation="gelu")
     x = torch.randn(BATCH, LENGTH, WIDTH)
     y = fast.norm1(x + fast.self_attn(x, x, x, need_weights=False)[0])
-    expected = fast.norm2(y + fast.linear2(F.gelu(fast.linear1(y))))
+    assert fast.linear1.activation == "gelu"
+    hidden = int8_linear(y, fast.linear1.weight, fast.linear1.scale, fast.linear1.bias)
+    expected = fast.norm2(y + fast.linear2(F.gelu(hidden)))
     torch.testing.assert_close(fast(x), expected, rtol=1e-3, atol=1e-3)
 
 

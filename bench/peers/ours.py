@@ -34,12 +34,9 @@ def eager(job: Job) -> Start:
 
 @contestant("potstill eager + fuse", MODEL)
 def fused(job: Job) -> Start:
-    _needs(potstill, "fuse_")
-
     def start() -> Call:
-        model = copy.deepcopy(job.module)
+        model = _quantized(job)
         potstill.fuse_(model, job.inputs)
-        potstill.quantize_(model, sample_input=job.inputs)
         return calling(model, job.inputs)()
 
     return start

@@ -33,7 +33,7 @@ def activation_name(activation: Activation) -> str | None:
 
 
 class Int8TransformerEncoderLayer(nn.Module):
-    """``nn.TransformerEncoderLayer`` with int8 linear layers, and residual and normalisation in one pass.
+    """``nn.TransformerEncoderLayer`` with int8 linear layers that apply the activation, and fused residual and norm.
 
     Arguments, shapes and results are those of ``nn.TransformerEncoderLayer`` outside its fast path, in eval and in
     training mode. See :class:`Int8MultiheadAttention` and :class:`AddLayerNorm`. It works inside an
@@ -68,7 +68,8 @@ class Int8TransformerEncoderLayer(nn.Module):
                 "or a function of a tensor"
             )
         self.self_attn = Int8MultiheadAttention(d_model, nhead, dropout, bias, batch_first=batch_first)
-        self.linear1 = Int8Linear(d_model, dim_feedforward, bias)
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
+        self.linear1 = Int8Linear(d_model, dim_feedforward, bias, activation_name(self.activation) or "none")
         self.dropout = nn.Dropout(dropout)
         self.linear2 = Int8Linear(dim_feedforward, d_model, bias)
         self.norm_first = norm_first
@@ -76,7 +77,6 @@ class Int8TransformerEncoderLayer(nn.Module):
         self.norm2 = AddLayerNorm(d_model, layer_norm_eps, bias=bias)
         self.dropout1 = nn.Dropout(dropout)
         self.dropout2 = nn.Dropout(dropout)
-        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
 
     @staticmethod
     def unsupported(layer: nn.TransformerEncoderLayer) -> str:
@@ -118,7 +118,8 @@ class Int8TransformerEncoderLayer(nn.Module):
         with torch.device("meta"):
             new = cls(**_arguments(layer, activation_name(layer.activation) or layer.activation))
         new.self_attn = Int8MultiheadAttention.from_float(layer.self_attn)
-        new.linear1, new.linear2 = Int8Linear.from_float(layer.linear1), Int8Linear.from_float(layer.linear2)
+        new.linear1 = Int8Linear.from_float(layer.linear1, new.linear1.activation)
+        new.linear2 = Int8Linear.from_float(layer.linear2)
         new.norm1, new.norm2 = AddLayerNorm.from_float(layer.norm1), AddLayerNorm.from_float(layer.norm2)
         return new.train(layer.training)
 
@@ -154,7 +155,7 @@ class Int8TransformerEncoderLayer(nn.Module):
         masks = (src_mask, src_key_padding_mask, is_causal)
         if self.norm_first:
             x = src + self._attended(self.norm1(src), *masks)
-            return x + self._fed_forward(self.norm2(x))
+            return self._fed_forward(self.norm2(x), x)
         x = self.norm1(self._attended(src, *masks), src)
         return self.norm2(self._fed_forward(x), x)  # type: ignore[no-any-return]
 
@@ -164,8 +165,15 @@ class Int8TransformerEncoderLayer(nn.Module):
         )
         return self.dropout1(y)  # type: ignore[no-any-return]
 
-    def _fed_forward(self, x: Tensor) -> Tensor:
-        return self.dropout2(self.linear2(self.dropout(self.activation(self.linear1(x)))))  # type: ignore[no-any-return]
+    def _fed_forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        hidden = self.linear1(x)
+        if self.linear1.activation == "none":  # a function that the layer cannot apply itself
+            hidden = self.activation(hidden)
+        hidden = self.dropout(hidden)
+        if not self.training:
+            return self.linear2(hidden, residual)  # type: ignore[no-any-return]
+        y: Tensor = self.dropout2(self.linear2(hidden))
+        return y if residual is None else residual + y
 
 
 def _arguments(
