@@ -74,15 +74,15 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], object], 
     "unknown kind": (edit("modules", 0, "kind", value="os.system"), "unknown kind of module 'os.system'"),
     "kind no string": (edit("modules", 0, "kind", value=["int8_linear"]), "unknown kind"),
     "config no object": (edit(*CONFIG, value=[32, 48, True]), "config in the manifest"),
-    "config lacks a key": (edit(*CONFIG, value={"in_features": 32, "out_features": 48}), "needs an nn.Linear there"),
-    "config of strings": (edit(*CONFIG, "in_features", value="32"), "needs an nn.Linear there"),
-    "config of floats": (edit(*CONFIG, "in_features", value=32.0), "needs an nn.Linear there"),
-    "bias of integers": (edit(*CONFIG, "bias", value=1), "needs an nn.Linear there"),
-    "huge": (edit(*CONFIG, "in_features", value=10**12), "needs an nn.Linear there"),
-    "beyond int64": (edit(*CONFIG, "out_features", value=10**40), "needs an nn.Linear there"),
-    "negative": (edit(*CONFIG, "in_features", value=-32), "needs an nn.Linear there"),
-    "infinite": (edit(*CONFIG, "in_features", value=float("inf")), "needs an nn.Linear there"),
-    "other argument": (edit(*CONFIG, "device", value="cuda"), "needs an nn.Linear there"),
+    "config lacks a key": (edit(*CONFIG, value={"in_features": 32, "out_features": 48}), "was made from there"),
+    "config of strings": (edit(*CONFIG, "in_features", value="32"), "was made from there"),
+    "config of floats": (edit(*CONFIG, "in_features", value=32.0), "was made from there"),
+    "bias of integers": (edit(*CONFIG, "bias", value=1), "was made from there"),
+    "huge": (edit(*CONFIG, "in_features", value=10**12), "was made from there"),
+    "beyond int64": (edit(*CONFIG, "out_features", value=10**40), "was made from there"),
+    "negative": (edit(*CONFIG, "in_features", value=-32), "was made from there"),
+    "infinite": (edit(*CONFIG, "in_features", value=float("inf")), "was made from there"),
+    "other argument": (edit(*CONFIG, "device", value="cuda"), "was made from there"),
     "aliases no object": (edit("aliases", value=[]), "aliases in the manifest"),
     "alias to nothing": (edit("aliases", "a", value="b"), "aliases in the manifest"),
     "alias of a tensor": (edit("aliases", "0.bias", value="0.scale"), "aliases in the manifest"),
@@ -127,7 +127,7 @@ def test_deep_manifest(tmp_path: Path) -> None:
     for _ in range(400):
         deep = [deep]
     rewrite(tmp_path / "model", edit(*CONFIG, "in_features", value=deep))
-    rejected(mlp(), tmp_path / "model", "needs an nn.Linear there")
+    rejected(mlp(), tmp_path / "model", "was made from there")
 
 
 def test_files_of_others(tmp_path: Path) -> None:

@@ -4,6 +4,17 @@ def isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, y: Tensor, /) -> None: ...
+def int4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    out_features: int,
+    group_size: int,
+    /,
+) -> None: ...
 def kd_loss(
     student: Tensor,
     teacher: Tensor,

@@ -240,23 +240,13 @@ def _place(places: Mapping[str, nn.Module], entry: _Changed) -> nn.Module:
                 f"load: the model has no module {_short(name)}, which the file says was changed; "
                 f"near it are {near}; build the model as it was before it was saved"
             )
-        module = places[name]
-        expected = _config(module) if type(module) in (nn.Linear, KINDS[entry.kind]) else None
-        if expected is None or not _equal(entry.config, expected):
-            is_now = type(module).__name__ if expected is None else f"{type(module).__name__} {expected}"
+        module, kind = places[name], KINDS[entry.kind]
+        if not (_equal(entry.config, module.config()) if type(module) is kind else kind.fits(module, entry.config)):
             raise CheckpointError(
-                f"load: {name!r} is a {is_now} in the model; the file needs an nn.Linear there for {entry.kind} "
-                f"{_short(entry.config)}; build the model with the sizes it was saved with"
+                f"load: {name!r} is a {_short(module)} in the model; the file needs what {entry.kind} "
+                f"{_short(entry.config)} was made from there; build the model with the sizes it was saved with"
             )
     return places[entry.names[0]]
-
-
-def _config(module: Any) -> dict[str, Any]:
-    if isinstance(module, nn.Linear):
-        bias = module.bias is not None
-        return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
-    config: dict[str, Any] = module.config()
-    return config
 
 
 def _equal(given: dict[str, Any], expected: dict[str, Any]) -> bool:
@@ -267,7 +257,7 @@ def _empty(entry: _Changed, old: nn.Module, device: torch.device | str) -> nn.Mo
     try:
         with torch.device(device):
             layer: nn.Module = KINDS[entry.kind](**entry.config)
-    except ValueError as error:  # sizes that the kind does not support
+    except (TypeError, ValueError) as error:  # sizes or options that the kind does not support
         raise CheckpointError(f"load: {_some(entry.names)} cannot be made: {error}") from error
     dtypes = [p.dtype for p in old.parameters() if p.dtype.is_floating_point]
     return layer.to(dtypes[0] if dtypes else None).train(old.training)
@@ -306,13 +296,9 @@ def _described(tensor: Tensor) -> str:
 
 
 def _check_values(entry: _Changed, state: Mapping[str, Tensor]) -> None:
-    """The kernels' sums are exact only for integers in [-127, 127]; see :mod:`potstill.ops.int8_linear`."""
     prefix = f"{entry.names[0]}." if entry.names[0] else ""
-    weight, scale = state[f"{prefix}weight"], state[f"{prefix}scale"]
-    if bool((weight == -128).any()):
-        raise CheckpointError(f"load: {prefix}weight has the value -128; int8 weights lie in [-127, 127]")
-    if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-        raise CheckpointError(f"load: {prefix}scale has values that are negative or not finite")
+    if problem := KINDS[entry.kind].wrong_values(state, prefix):
+        raise CheckpointError(f"load: {problem}")
 
 
 def _check_ties(model: nn.Module, aliases: Mapping[str, str], state: Mapping[str, Tensor]) -> None:

@@ -33,6 +33,8 @@ constexpr int kQuadBytes = 4;
 constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 2;  // rows and panels of the int8 micro-kernel's tile
 constexpr int kPanelsPerTile = 1;
+constexpr int kNibbleRows = 2;  // likewise of the int4 micro-kernel
+constexpr int kNibblePanels = 1;
 
 struct F {
   float v;
@@ -126,5 +128,32 @@ inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
   for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
 }
 inline void opaque(Quad& x) { asm volatile("" : "+m"(x)); }
+
+inline I iset1(int32_t x) { return {x}; }
+inline I load_bytes(const uint8_t* p) { return {*p}; }
+inline I mul16(I a, int32_t b) { return {a.v * b}; }
+inline void store_bytes(int8_t* p, int64_t, F a) { *p = static_cast<int8_t>(nearbyintf(a.v)); }
+inline void nibbles(const uint8_t* p, Weights& low, Weights& high) {
+  for (int i = 0; i < 4; ++i) {
+    low.w[i] = static_cast<int8_t>(p[i] & 15);
+    high.w[i] = static_cast<int8_t>(p[i] >> 4);
+  }
+}
+inline I broadcast_quad(const int8_t* p) {
+  I r;
+  memcpy(&r.v, p, 4);
+  return r;
+}
+struct NibbleSum {
+  I sum;
+};
+inline NibbleSum nibble_start(I a) { return {a}; }
+inline void dot_nibbles(NibbleSum& acc, Weights w, I x) {
+  Quad q;
+  memcpy(q.x, &x.v, 4);
+  acc.sum = dot_floor(acc.sum, w, q);
+}
+inline void fold(NibbleSum&) {}
+inline I total(NibbleSum a) { return a.sum; }
 
 }  // namespace

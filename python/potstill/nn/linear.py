@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from potstill.nn.quantized import QuantizedLinear
 from potstill.ops.int8_linear import MAX_FEATURES, int8_linear, pack, quantize_weight, unpack
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(QuantizedLinear):
     """A linear layer with int8 weights whose input is quantised per row on the fly; see :data:`ops.int8_linear`.
 
     Input [..., in_features] of any float dtype, output [..., out_features] of the same dtype (under autocast: of the
@@ -34,8 +35,6 @@ class Int8Linear(nn.Module):
 
     kind = "int8_linear"
     weight: nn.Parameter
-    scale: Tensor
-    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -72,14 +71,6 @@ class Int8Linear(nn.Module):
                 linear.bias.copy_(self.bias)
         return linear.train(self.training)
 
-    def config(self) -> dict[str, Any]:
-        """The arguments that build an empty layer of this shape."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-        }
-
     def int8_weight(self) -> Tensor:
         """The integers as [out_features, in_features]."""
         return unpack(self.weight, self.out_features, self.in_features)
@@ -95,17 +86,15 @@ class Int8Linear(nn.Module):
             )
         return int8_linear(x, parameters["weight"], self._buffers["scale"], parameters["bias"])  # type: ignore[no-any-return]
 
-    def extra_repr(self) -> str:
-        """Sizes, as ``nn.Linear`` prints them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .half() and .to(bfloat16) change float tensors; scales follow the device only.
-        scale = self.scale
-        nn.Module._apply(self, fn, recurse)
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
-        return self
+    @classmethod
+    def wrong_values(cls, state: Mapping[str, Tensor], prefix: str) -> str:
+        """The kernels' sums are exact only for integers in [-127, 127]; see :mod:`potstill.ops.int8_linear`."""
+        weight, scale = state[f"{prefix}weight"], state[f"{prefix}scale"]
+        if bool((weight == -128).any()):
+            return f"{prefix}weight has the value -128; int8 weights lie in [-127, 127]"
+        if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            return f"{prefix}scale has values that are negative or not finite"
+        return ""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -72,7 +72,7 @@ class Op:
 
     >>> from potstill.ops import OPS
     >>> sorted(OPS)
-    ['int8_linear', 'kd_loss']
+    ['int4_linear', 'int8_linear', 'kd_loss']
     """
 
     schema: str
