@@ -65,7 +65,8 @@ def test_extremes_do_not_saturate(isa: str, sign: int, integer: int, zero: int) 
 @hypothesis.settings(deadline=None, max_examples=40)
 @hypothesis.given(
     m=st.integers(0, 14), n=st.integers(0, 40), k=st.integers(1, 300), seed=st.integers(0, 2**31), bias=st.booleans(),
-    zeros=st.booleans(), group_size=st.sampled_from(GROUP_SIZES), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    zeros=st.booleans(), group_size=st.sampled_from(GROUP_SIZES),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )  # fmt: skip
 def test_every_isa_gives_the_same_bits(
     m: int, n: int, k: int, seed: int, bias: bool, zeros: bool, group_size: int, dtype: torch.dtype
@@ -156,7 +157,7 @@ def test_bad_arguments_say_what_is_wrong() -> None:
         with pytest.raises(ValueError, match=message):
             int4_linear(**(good | change))
         if "dtype" not in message and "bias" not in message:
-            with pytest.raises(ValueError, match="expected one of|packed"):
+            with pytest.raises(ValueError, match=r"expected one of|packed"):
                 int4_linear.reference(**(good | change))
 
 

@@ -190,9 +190,7 @@ def _cpu(
     n = out_features
     y = x.new_empty((*x.shape[:-1], n))
     rows = x.numel() // x.shape[-1] if x.shape[-1] else y.numel() // max(n, 1)
-    _C.int4_linear(
-        x.reshape(rows, x.shape[-1]).contiguous(), weight, scale, zero, bias, y.view(rows, n), n, group_size
-    )
+    _C.int4_linear(x.reshape(rows, x.shape[-1]).contiguous(), weight, scale, zero, bias, y.view(rows, n), n, group_size)
     return y
 
 
