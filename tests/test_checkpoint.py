@@ -216,7 +216,7 @@ def sequence(*sizes: int) -> nn.Sequential:
         (lambda: nn.Sequential(nn.Linear(32, 48)), "the model has no module '2'"),
         (lambda: sequence(49, 16), r"'0' is a Linear\(in_features=32, out_features=49, bias=True\)"),
         (lambda: nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.Linear(48, 16)), "'2' is a Linear.*bias=True"),
-        (lambda: nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU()), "'0' is a ReLU in the model"),
+        (lambda: nn.Sequential(nn.ReLU(), nn.ReLU(), nn.ReLU()), r"'0' is a ReLU\(\) in the model"),
         (lambda: nn.Sequential(nn.LazyLinear(48)), "not initialised yet"),
         (lambda: mlp().append(nn.LayerNorm(16)), "the file lacks '3.bias', '3.weight'"),
         (lambda: mlp().to(torch.bfloat16), r"'0.bias' is float32 \[48\] in the file and bfloat16 \[48\] in the model"),
