@@ -41,22 +41,29 @@ inline int64_t vector_at(int v, int64_t stride, int64_t width) {
   return v / kVectorsPerPanel * stride + v % kVectorsPerPanel * kLanes * width;
 }
 
+// Adds the products of four inputs of R rows at `q` and of the vectors weights(0), weights(1) ..
+template <int R, int V, class GetWeights>
+inline void dot_quads(NibbleSum (&acc)[R][V], const int8_t* q, const GetWeights& weights) {
+  Weights w[V];
+#pragma GCC unroll 64
+  for (int v = 0; v < V; ++v) w[v] = weights(v);
+#pragma GCC unroll 64
+  for (int r = 0; r < R; ++r) {
+    I x = broadcast_quad(q + r * 4);
+#pragma GCC unroll 64
+    for (int v = 0; v < V; ++v) dot_nibbles(acc[r][v], w[v], x);
+  }
+}
+
 // Adds the products of a block of inputs; `q` points to its quads of R rows, `w` to its weights in the first panel.
 template <int R, int V>
 inline void dot_block(NibbleSum (&acc)[R][V], const int8_t* q, const uint8_t* w, int64_t w_stride) {
 #pragma GCC unroll 64
   for (int o = 0; o < kOctets; ++o) {
-    Weights low[V], high[V];
-#pragma GCC unroll 64
-    for (int v = 0; v < V; ++v) nibbles(w + o * 4 * kPanel + vector_at(v, w_stride, 4), low[v], high[v]);
-#pragma GCC unroll 64
-    for (int r = 0; r < R; ++r) {
-      I first = broadcast_quad(q + (2 * o * R + r) * 4), second = broadcast_quad(q + ((2 * o + 1) * R + r) * 4);
-#pragma GCC unroll 64
-      for (int v = 0; v < V; ++v) dot_nibbles(acc[r][v], low[v], first);
-#pragma GCC unroll 64
-      for (int v = 0; v < V; ++v) dot_nibbles(acc[r][v], high[v], second);
-    }
+    dot_quads(acc, q + 2 * o * R * 4,
+              [&](int v) { return low_nibbles(w + o * 4 * kPanel + vector_at(v, w_stride, 4)); });
+    dot_quads(acc, q + (2 * o + 1) * R * 4,
+              [&](int v) { return high_nibbles(w + o * 4 * kPanel + vector_at(v, w_stride, 4)); });
   }
 #pragma GCC unroll 64
   for (int i = 0; i < R * V; ++i) fold(acc[i / V][i % V]);

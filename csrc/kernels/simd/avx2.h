@@ -13,7 +13,7 @@ constexpr int kQuadBytes = 8;  // four magnitudes, four sign masks
 constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 5;  // 10 sums, 2 vectors of weights, |x|, mask, 1 and a product: all 16 registers
 constexpr int kPanelsPerTile = 1;
-constexpr int kNibbleRows = 4;    // 8 sums of pairs, 4 vectors of weights, 2 of activations, a product, 15; the rest is
+constexpr int kNibbleRows = 4;    // 8 sums of pairs, 2 vectors of weights, activations, a product and 15; the rest is
 constexpr int kNibblePanels = 1;  // touched once in a group, and spilled
 
 struct F {
@@ -163,10 +163,10 @@ inline void store_bytes(int8_t* p, int64_t stride, F a) {
   quads >>= 32;
   memcpy(p + stride, &quads, 4);
 }
-inline void nibbles(const uint8_t* p, Weights& low, Weights& high) {
-  __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), mask = _mm256_set1_epi8(15);
-  low.v = _mm256_and_si256(both, mask);
-  high.v = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+inline __m256i bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Weights low_nibbles(const uint8_t* p) { return {_mm256_and_si256(bytes(p), _mm256_set1_epi8(15))}; }
+inline Weights high_nibbles(const uint8_t* p) {
+  return {_mm256_and_si256(_mm256_srli_epi16(bytes(p), 4), _mm256_set1_epi8(15))};
 }
 inline I broadcast_quad(const int8_t* p) {
   int32_t x;

@@ -7,7 +7,7 @@ namespace {
 constexpr int kQuadBytes = 8;  // four magnitudes, four sign masks
 constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 6;
-constexpr int kNibbleRows = 4;  // 8 sums of each kind, 4 vectors of weights, 2 of activations, a product and 1
+constexpr int kNibbleRows = 4;  // 8 sums of each of 3 kinds, 2 vectors of weights, activations, a product, 1 and 15
 constexpr int kNibblePanels = 2;
 constexpr int kPanelsPerTile = 4;  // 24 sums, 4 vectors of weights, |x|, mask, 1 and a product: 32 registers
 

@@ -98,10 +98,9 @@ inline void store_bytes(int8_t* p, int64_t stride, F a) {
   _mm_store_si128(reinterpret_cast<__m128i*>(quads), narrow(a));
   for (int i = 0; i < 4; ++i) memcpy(p + i * stride, quads + i, 4);
 }
-inline void nibbles(const uint8_t* p, Weights& low, Weights& high) {
-  __m512i both = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
-  low.v = _mm512_and_si512(both, mask);
-  high.v = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+inline Weights low_nibbles(const uint8_t* p) { return {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15))}; }
+inline Weights high_nibbles(const uint8_t* p) {
+  return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))};
 }
 inline I broadcast_quad(const int8_t* p) { return {broadcast(p)}; }
 

@@ -8,7 +8,7 @@ constexpr int kQuadBytes = 4;
 constexpr uint8_t kZeroQuad = 128;
 constexpr int kRows = 6;  // 24 sums, 4 vectors of weights and one of activations: 29 of the 32 registers
 constexpr int kPanelsPerTile = 4;
-constexpr int kNibbleRows = 6;  // 12 integer and 12 float sums, 4 vectors of weights, 2 of activations
+constexpr int kNibbleRows = 6;  // 12 integer and 12 float sums, 2 vectors of weights, one of activations, 15: 28 of 32
 constexpr int kNibblePanels = 2;
 
 // vpdpbusd multiplies unsigned by signed bytes: activations carry +128, and sums start at -128 sum(w).

@@ -13,7 +13,7 @@ constexpr int kQuadBytes = 4;
 constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 4;  // 16 sums, 4 vectors of weights, 4 of activations: 24 of the 32 registers
 constexpr int kPanelsPerTile = 1;
-constexpr int kNibbleRows = 3;  // 12 integer sums, 8 vectors of weights, 2 of activations, 15; float sums spill
+constexpr int kNibbleRows = 3;  // 12 integer and 12 float sums, 4 vectors of weights, activations, 15: 30 of 32
 constexpr int kNibblePanels = 1;
 
 struct F {
@@ -128,11 +128,8 @@ inline void store_bytes(int8_t* p, int64_t stride, F a) {
   NegativeSum unused;
   store_quads(p, stride, a, unused);
 }
-inline void nibbles(const uint8_t* p, Weights& low, Weights& high) {
-  uint8x16_t both = vld1q_u8(p);
-  low.v = vreinterpretq_s8_u8(vandq_u8(both, vdupq_n_u8(15)));
-  high.v = vreinterpretq_s8_u8(vshrq_n_u8(both, 4));
-}
+inline Weights low_nibbles(const uint8_t* p) { return {vreinterpretq_s8_u8(vandq_u8(vld1q_u8(p), vdupq_n_u8(15)))}; }
+inline Weights high_nibbles(const uint8_t* p) { return {vreinterpretq_s8_u8(vshrq_n_u8(vld1q_u8(p), 4))}; }
 inline I broadcast_quad(const int8_t* p) { return {vreinterpretq_s32_s8(quad(p).v)}; }
 struct NibbleSum {
   I sum;
