@@ -52,6 +52,34 @@ void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle b
   table.int8_linear(a);
 }
 
+void int4_linear(py::handle x, py::handle weight, py::handle scale, py::handle zero, py::handle bias, py::handle y,
+                 int64_t n, int64_t group) {
+  constexpr const char* kOp = "int4_linear";
+  TensorView xv(x, kOp, "x"), wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), yv(y, kOp, "y");
+  if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, in_features]");
+  int64_t m = xv.size(0), k = xv.size(1);
+  if (group != 32 && group != 64 && group != 128) {
+    sv.fail("has groups of " + std::to_string(group) + " inputs", "expected 32, 64 or 128");
+  }
+  int64_t panels = packed_panels(n), groups = packed_scales(k, group);
+  wv.contiguous().shape({panels, packed_blocks(k), kInt4BlockBytes});
+  sv.contiguous().shape({panels, groups, kPanel});
+  yv.contiguous().shape({m, n});
+  Int4Linear a{};
+  a.x = xv.contiguous().floats();
+  a.y = yv.floats();
+  if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
+  a.weight = wv.u8();
+  a.scale = sv.b16();
+  if (!zero.is_none()) a.zero = TensorView(zero, kOp, "zero").contiguous().shape({panels, groups, kPanel}).u8();
+  if (!bias.is_none()) a.bias = TensorView(bias, kOp, "bias").contiguous().shape({n}).floats();
+  a.m = m, a.n = n, a.k = k, a.group = group;
+  py::gil_scoped_release nogil;
+  const Kernels& table = kernels();
+  a.scratch = scratch(table.int4_linear_scratch(m, n, k, group));
+  table.int4_linear(a);
+}
+
 // The number of labels that are not ignore_index; every other label must name a class.
 int64_t count_labels(const TensorView& target, int64_t rows, int64_t classes, int64_t ignore_index) {
   const int64_t* labels = target.i64();
@@ -207,6 +235,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(kernels().name); });
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("int8_linear", &int8_linear);
+  m.def("int4_linear", &int4_linear);
   m.def("kd_loss", &kd_loss);
   m.def("add_layer_norm", &add_layer_norm);
   m.def("int8_embedding", &int8_embedding);

@@ -112,6 +112,8 @@ class TensorView {
   }
   float* f32() const { return static_cast<float*>(typed(dlpack::kFloat, 32, "expected float32")); }
   int8_t* i8() const { return static_cast<int8_t*>(typed(dlpack::kInt, 8, "expected int8")); }
+  uint8_t* u8() const { return static_cast<uint8_t*>(typed(dlpack::kUInt, 8, "expected uint8")); }
+  bf16* b16() const { return static_cast<bf16*>(typed(dlpack::kBfloat, 16, "expected bfloat16")); }
   int64_t* i64() const { return static_cast<int64_t*>(typed(dlpack::kInt, 64, "expected int64")); }
 
   [[noreturn]] void fail(const std::string& given, const std::string& expected) const {

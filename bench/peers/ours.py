@@ -9,7 +9,7 @@ from torch import nn
 import potstill
 from peers import GROUP, INT4, INT8, MODEL, Call, Job, Start, contestant
 from peers.torch_ import calling, compiled
-from potstill.nn import Int8Linear
+from potstill.nn import Int4Linear, Int8Linear
 
 
 @contestant("potstill int8", INT8, INT4)
@@ -20,9 +20,7 @@ def int8(job: Job) -> Start:
 
 @contestant("potstill int4", INT4)
 def int4(job: Job) -> Start:
-    _needs(potstill.nn, "Int4Linear")
-    layer_type = potstill.nn.Int4Linear
-    layers = [layer_type.from_float(layer, group_size=GROUP) for layer in job.module.children()]
+    layers = [Int4Linear.from_float(layer, group_size=GROUP) for layer in job.module.children()]
     return calling(nn.Sequential(*layers), job.inputs)
 
 
@@ -51,8 +49,3 @@ def _quantized(job: Job) -> nn.Module:
     model = copy.deepcopy(job.module)
     potstill.quantize_(model, sample_input=job.inputs)
     return model
-
-
-def _needs(owner: object, name: str) -> None:
-    if not hasattr(owner, name):
-        raise NotImplementedError(f"this potstill has no {name} yet")

@@ -1,26 +1,15 @@
 // y = activation(scale_x[m] scale_w[n] (xq wq^T) + bias) + residual, with xq quantised here: per row, symmetric, to
-// [-127, 127].
+// [-127, 127] (linear.inl).
 //
-// A row's scale is max|x| / 127, and xq = round_even(x * (127 / max|x|)). A row with a NaN or an infinity gives NaN
-// outputs; one whose values are all below 2^-100 counts as zero. Sums are exact int32 for k <=
-// kMaxFeatures, which the caller checks. Bounds: m n k multiply-adds at the ISA's byte dot-product rate, n k bytes of
-// weights at the bandwidth of the memory level that holds them.
+// Sums are exact int32 for k <= kMaxFeatures, which the caller checks. Bounds: m n k multiply-adds at the ISA's byte
+// dot-product rate, n k bytes of weights at the bandwidth of the memory level that holds them.
 //
-// Tiles of kRows x (kPanelsPerTile * 16) sums stay in registers over all of k. A task owns a tile's panels and walks
-// down the rows, so that its weights (at most 64 k bytes) stay in L2 while the rows stream by.
+// Tiles of kRows x (kPanelsPerTile * 16) sums stay in registers over all of k. A strip's weights are at most 64 k
+// bytes.
 
 #include "activation.inl"
 
 namespace {
-
-constexpr int kVectorsPerPanel = kPanel / kLanes;
-constexpr int64_t kRowsPerPass = 1024;               // bounds the scratch memory
-constexpr int64_t kMinMacsForThreads = 1 << 18;      // about 10 us of one core; a fork and join take about 2
-constexpr int64_t kMinQuantiseForThreads = 1 << 16;  // also about 10 us
-constexpr float kSmallestRow = 0x1p-100f;
-
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Bytes of a quantised row: whole vectors.
 inline int64_t row_bytes(int64_t k) { return round_up(k, kPanel) / 4 * kQuadBytes; }
@@ -33,51 +22,20 @@ struct RowScale {
 // Writes the row's quads `stride` bytes apart.
 template <class T>
 RowScale quantise_row(const T* x, int64_t k, int8_t* q, int64_t stride) {
-  I bits = izero();
-  int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) bits = magnitude_max(bits, load(x + i));
-  if (i < k) bits = magnitude_max(bits, load_n(x + i, static_cast<int>(k - i), 0.0f));
-  int32_t top_bits = itop(bits);
-  float largest;
-  memcpy(&largest, &top_bits, 4);
-  bool finite = top_bits < 0x7f800000;
-  if (!finite || largest < kSmallestRow) {
-    for (int64_t g = 0; g < packed_groups(k); ++g) memset(q + g * stride, kZeroQuad, kQuadBytes);
-    return {finite ? 0.0f : __builtin_nanf(""), 0};
-  }
-  F inverse = set1(127.0f / largest);
+  RowRange range = row_range(x, k);
   NegativeSum negative;
-  for (i = 0; i + kLanes <= k; i += kLanes) {
-    store_quads(q + i / 4 * stride + i % 4, stride, mul(load(x + i), inverse), negative);
+  if (range.inverse == 0.0f) {
+    for (int64_t g = 0; g < packed_groups(k); ++g) memset(q + g * stride, kZeroQuad, kQuadBytes);
+  } else {
+    for_scaled(x, k, range.inverse,
+               [&](int64_t i, F v) { store_quads(q + i / 4 * stride + i % 4, stride, v, negative); });
   }
-  for (; i < round_up(k, 4); i += kLanes) {  // the tail, filled up with zeros
-    F v = load_n(x + i, static_cast<int>(k - i), 0.0f);
-    store_quads(q + i / 4 * stride + i % 4, stride, mul(v, inverse), negative);
-  }
-  return {largest / 127.0f, negative.total()};
+  return {range.scale, negative.total()};
 }
-
-// Rows are cut into blocks that differ by at most one row: 8 rows are 4 + 4, not 6 + 2. In memory the quads of a block
-// are interleaved, [k/4][rows of the block], so that a tile reads one stream.
-inline int64_t row_blocks(int64_t rows) { return (rows + kRows - 1) / kRows; }
-inline int64_t block_start(int64_t block, int64_t rows) { return block * rows / row_blocks(rows); }
 
 template <class T>
 void quantise_block(const T* x, int64_t k, int64_t rows, int8_t* q, RowScale* scales) {
   for (int64_t r = 0; r < rows; ++r) scales[r] = quantise_row(x + r * k, k, q + r * kQuadBytes, rows * kQuadBytes);
-}
-
-// What of the weights a tile prefetches: `start` bytes from its own, `step` bytes per group.
-struct Ahead {
-  int64_t start, step;
-};
-
-// A strip of weights is used by `blocks` tiles in turn. Each fetches its share of the next strip, so that the strip's
-// bytes are spread over all the time that the multiplications take (cold weights, 8 rows: 1.2 times the speed). A strip
-// that is used once is fetched just ahead, past the page where the hardware prefetcher stops.
-inline Ahead ahead(int64_t block, int64_t blocks, int64_t panel) {
-  if (blocks == 1) return {2048, 4 * kPanel};
-  return {kPanelsPerTile * panel + block * panel / blocks, 4 * kPanel / blocks};
 }
 
 // The unroll pragmas put the sums into registers: without them gcc keeps the array in memory, a third slower.
@@ -111,7 +69,7 @@ struct Pass {  // one pass over at most kRowsPerPass rows
   const Int8Linear& a;
   const int8_t* q;  // quantised rows
   const RowScale* scales;
-  int64_t first_row, rows;
+  int64_t first_row;
 };
 
 // Multiplication and addition stay separate (and contraction is off), so that every ISA gives the same bits.
@@ -121,15 +79,9 @@ void finish(const Pass& s, int64_t row, int rows, int64_t column, int columns, c
   for (int c = 0; c < columns; c += kLanes, sums += rows) {
     int n = static_cast<int>(smaller(columns - c, kLanes));
     F scale = load_n(a.scale + column + c, n, 0.0f);
-    F bias = set1(0.0f);
-    if (a.bias.data != nullptr) {
-      bias = a.bias.type == Type::f32 ? load_n(static_cast<const float*>(a.bias.data) + column + c, n, 0.0f)
-                                      : load_n(static_cast<const bf16*>(a.bias.data) + column + c, n, 0.0f);
-    }
     for (int r = 0; r < rows; ++r) {
       F y = mul(to_float(sums[r]), mul(set1(s.scales[row + r].scale), scale));
-      if (a.bias.data != nullptr) y = add(y, bias);
-      y = activate<A>(y);
+      y = activate<A>(add_bias(y, a.bias, column + c, n));
       int64_t at = (s.first_row + row + r) * a.n + column + c;
       if (a.residual.data != nullptr) y = add(y, load_n(static_cast<const T*>(a.residual.data) + at, n, 0.0f));
       T* out = static_cast<T*>(a.y.data) + at;
@@ -182,53 +134,22 @@ void tile(const Pass& s, int64_t row, int64_t panel, Ahead fetch) {
   finish<T>(s, row, R, column, static_cast<int>(smaller(a.n - column, P * kPanel)), waiting);
 }
 
-template <class T, int P, int R = kRows>
-void tile_rows(const Pass& s, int64_t row, int rows, int64_t panel, Ahead fetch) {
-  if constexpr (R > 0) {
-    if (rows == R) return tile<T, R, P>(s, row, panel, fetch);
-    tile_rows<T, P, R - 1>(s, row, rows, panel, fetch);
-  }
-}
-
-template <class T, int P = kPanelsPerTile>
-void tile_panels(const Pass& s, int64_t row, int rows, int64_t panel, int64_t panels, Ahead fetch) {
-  if constexpr (P > 0) {
-    if (panels >= P) return tile_rows<T, P>(s, row, rows, panel, fetch);
-    tile_panels<T, P - 1>(s, row, rows, panel, panels, fetch);
-  }
-}
-
-template <class T>
-void multiply(const Pass& s) {
-  const Int8Linear& a = s.a;
-  int64_t panels = packed_panels(a.n);
-  int64_t strips = (panels + kPanelsPerTile - 1) / kPanelsPerTile;
-  int64_t blocks = row_blocks(s.rows);
-  int64_t wanted = 4 * max_threads();  // enough tasks for threads of uneven speed
-  int64_t cuts = smaller(blocks, strips >= wanted ? 1 : (wanted + strips - 1) / strips);
-  parallel_for(strips * cuts, s.rows * a.n * a.k >= kMinMacsForThreads, [&](int64_t task) {
-    int64_t panel = task / cuts * kPanelsPerTile;
-    int64_t first = task % cuts * blocks / cuts, last = (task % cuts + 1) * blocks / cuts;
-    for (int64_t b = first; b < last; ++b) {
-      int64_t row = block_start(b, s.rows);
-      int rows = static_cast<int>(block_start(b + 1, s.rows) - row);
-      tile_panels<T>(s, row, rows, panel, panels - panel, ahead(b - first, last - first, panel_bytes(a.k)));
-    }
-  });
-}
-
 template <class T>
 void int8_linear_of(const Int8Linear& a) {
   auto scales = static_cast<RowScale*>(a.scratch);
   auto q = reinterpret_cast<int8_t*>(scales + kRowsPerPass);
   for (int64_t first = 0; first < a.m; first += kRowsPerPass) {
     int64_t rows = smaller(kRowsPerPass, a.m - first);
-    parallel_for(row_blocks(rows), rows * a.k >= kMinQuantiseForThreads, [&](int64_t block) {
-      int64_t row = block_start(block, rows);
-      quantise_block(static_cast<const T*>(a.x.data) + (first + row) * a.k, a.k, block_start(block + 1, rows) - row,
+    RowBlocks blocks(rows, kRows);
+    parallel_for(blocks.count, rows * a.k >= kMinQuantiseForThreads, [&](int64_t block) {
+      int64_t row = blocks.start(block);
+      quantise_block(static_cast<const T*>(a.x.data) + (first + row) * a.k, a.k, blocks.size(block),
                      q + row * row_bytes(a.k), scales + row);
     });
-    multiply<T>({a, q, scales, first, rows});
+    Pass pass{a, q, scales, first};
+    for_tiles<kRows, kPanelsPerTile>(
+        rows, packed_panels(a.n), panel_bytes(a.k), rows * a.n * a.k >= kMinMacsForThreads,
+        [&]<int R, int P>(int64_t row, int64_t panel, Ahead fetch) { tile<T, R, P>(pass, row, panel, fetch); });
   }
 }
 

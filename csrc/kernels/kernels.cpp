@@ -13,6 +13,10 @@
 #include "../parallel.h"
 #include "table.h"
 
+// linear.inl first: the linear kernels are written over it
+#include "linear.inl"
+
+#include "int4_linear.inl"
 #include "int8_linear.inl"
 #include "kd_loss.inl"
 #include "add_layer_norm.inl"
@@ -24,6 +28,8 @@ const Kernels POTSTILL_SYMBOL(POTSTILL_ISA) = {
     POTSTILL_NAME(POTSTILL_ISA),
     int8_linear,
     int8_linear_scratch,
+    int4_linear,
+    int4_linear_scratch,
     kd_loss,
     kd_loss_scratch,
     add_layer_norm,

@@ -16,6 +16,14 @@ constexpr int64_t panel_bytes(int64_t k) { return (packed_groups(k) + 1) * 4 * k
 
 enum class Activation { none, relu, gelu, gelu_tanh, silu };
 
+// Packed int4 weights, likewise: a panel is ceil(k/32) blocks of 4 x [16][4] bytes, for eight inputs each: byte i of an
+// output holds input i of the eight in its low half and input i + 4 in its high half, as 0..15. Scales, and zero points
+// where there are any, are [panels][groups][16].
+constexpr int kInt4Block = 32;
+constexpr int64_t kInt4BlockBytes = kInt4Block / 2 * kPanel;
+constexpr int64_t packed_blocks(int64_t k) { return (k + kInt4Block - 1) / kInt4Block; }
+constexpr int64_t packed_scales(int64_t k, int64_t group) { return (k + group - 1) / group; }
+
 struct Int8Linear {
   FloatPtr x;            // [m, k] row-major
   FloatPtr y;            // [m, n] row-major, of x's type
@@ -26,6 +34,18 @@ struct Int8Linear {
   Activation activation;
   int64_t m, n, k;
   void* scratch;  // int8_linear_scratch(m, n, k) bytes, 64-byte aligned
+};
+
+struct Int4Linear {
+  FloatPtr x;             // [m, k] row-major
+  FloatPtr y;             // [m, n] row-major, of x's type
+  const uint8_t* weight;  // packed
+  const bf16* scale;      // packed
+  const uint8_t* zero;    // packed, or null: all are 8
+  FloatPtr bias;          // [n] or null
+  int64_t m, n, k;
+  int64_t group;  // inputs that share a scale: 32, 64 or 128
+  void* scratch;  // int4_linear_scratch(m, n, k, group) bytes, 64-byte aligned
 };
 
 struct KdLoss {
@@ -63,6 +83,8 @@ struct Kernels {
   const char* name;
   void (*int8_linear)(const Int8Linear&);
   size_t (*int8_linear_scratch)(int64_t m, int64_t n, int64_t k);
+  void (*int4_linear)(const Int4Linear&);
+  size_t (*int4_linear_scratch)(int64_t m, int64_t n, int64_t k, int64_t group);
   void (*kd_loss)(const KdLoss&);
   size_t (*kd_loss_scratch)(int64_t rows, int64_t v);
   void (*add_layer_norm)(const AddLayerNorm&);

@@ -13,6 +13,17 @@ def int8_linear(
     y: Tensor,
     /,
 ) -> None: ...
+def int4_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    out_features: int,
+    group_size: int,
+    /,
+) -> None: ...
 def kd_loss(
     student: Tensor,
     teacher: Tensor,

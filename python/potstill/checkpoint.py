@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from potstill.errors import CheckpointError
-from potstill.nn import KINDS, Int8Linear
+from potstill.nn import KINDS
 from potstill.nn.shared import link
 from potstill.transform.swap import Site, Undo, all_of, replace, shared_names, sites, tensor_at, tie
 
@@ -312,14 +312,11 @@ def _described(tensor: Tensor) -> str:
 
 
 def _check_values(entry: _Changed, old: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """The kernels' sums are exact only for integers in [-127, 127]; see :mod:`potstill.ops.int8_linear`."""
     for part, module in _empty(entry, old, "meta").named_modules():
         prefix = "".join(f"{name}." for name in (entry.names[0], part) if name)
-        if isinstance(module, Int8Linear) and bool((state[f"{prefix}weight"] == -128).any()):
-            raise CheckpointError(f"load: {prefix}weight has the value -128; int8 weights lie in [-127, 127]")
-        scale = state.get(f"{prefix}scale")
-        if scale is not None and not bool((torch.isfinite(scale) & (scale >= 0)).all()):
-            raise CheckpointError(f"load: {prefix}scale has values that are negative or not finite")
+        wrong_values = getattr(module, "wrong_values", None)  # of our modules with numbers of their own
+        if wrong_values is not None and (problem := wrong_values(state, prefix)):
+            raise CheckpointError(f"load: {problem}")
 
 
 def _check_ties(model: nn.Module, aliases: Mapping[str, str], state: Mapping[str, Tensor]) -> None:

@@ -28,6 +28,20 @@ std::string at(size_t i, int64_t columns, float got, float expected) {
   return text;
 }
 
+// `tolerance` is relative to values above 1; without one the bits must agree.
+void check_same(const Floats& got, const Floats& expected, int64_t columns, float tolerance = 0.0f) {
+  std::string difference;
+  for (size_t i = 0; i < got.size && difference.empty(); ++i) {
+    // Which of two NaNs an addition keeps is the machine's choice.
+    bool same = got.bits(i) == expected.bits(i) || (std::isnan(got[i]) && std::isnan(expected[i]));
+    if (tolerance > 0.0f && !same) {
+      same = std::fabs(got[i] - expected[i]) <= tolerance * std::max(1.0f, std::fabs(expected[i]));
+    }
+    if (!same) difference = at(i, columns, got[i], expected[i]);
+  }
+  check(difference.empty(), difference);
+}
+
 // ---- int8_linear: bit-identical ----
 
 enum class Data { random, special, extreme, ties };
@@ -97,17 +111,9 @@ void int8_linear(int64_t m, int64_t n, int64_t k, Data data, Type type, bool has
   Floats expected(static_cast<size_t>(m * n), type, 0x5a), got(static_cast<size_t>(m * n), type, 0xc5);
   run(kernels_scalar, 0x11, expected);
   run(tested, 0x77, got);
-  std::string difference;
-  for (size_t i = 0; i < got.size && difference.empty(); ++i) {
-    // Which of two NaNs an addition keeps is the machine's choice.
-    bool same = got.bits(i) == expected.bits(i) || (std::isnan(got[i]) && std::isnan(expected[i]));
-    if (activation != Activation::none) {  // multiply-adds are fused or not; a bf16 may then round the other way
-      float tolerance = (type == Type::bf16 ? 0x1p-7f : 1e-6f) * std::max(1.0f, std::fabs(expected[i]));
-      same = same || std::fabs(got[i] - expected[i]) <= tolerance;
-    }
-    if (!same) difference = at(i, n, got[i], expected[i]);
-  }
-  check(difference.empty(), difference);
+  // With an activation multiply-adds are fused or not; a bf16 may then round the other way.
+  float tolerance = type == Type::bf16 ? 0x1p-7f : 1e-6f;
+  check_same(got, expected, n, activation == Activation::none ? 0.0f : tolerance);
 }
 
 void int8_linear_shapes() {
@@ -134,6 +140,66 @@ void int8_linear_shapes() {
       }
     }
   }
+}
+
+// ---- int4_linear: bit-identical ----
+
+void int4_linear(int64_t m, int64_t n, int64_t k, int64_t group, Data data, Type type, bool has_zero, bool has_bias) {
+  begin("%s int4_linear m=%d n=%d k=%d group=%d data=%d %s zero=%d bias=%d", tested.name, static_cast<int>(m),
+        static_cast<int>(n), static_cast<int>(k), static_cast<int>(group), static_cast<int>(data), name(type), has_zero,
+        has_bias);
+  Floats x(activations(m, k, data), type);
+  // Any bytes are good weights: those beyond k and n meet zeros of x, or outputs that are not stored.
+  Guarded weight(static_cast<size_t>(packed_panels(n) * packed_blocks(k) * kInt4BlockBytes), 1, 0xff);
+  auto scales = static_cast<size_t>(packed_panels(n) * packed_scales(k, group) * kPanel);
+  Guarded zero(scales, 1, 0);
+  Floats scale(scales, Type::bf16), bias(static_cast<size_t>(n), type);
+  if (data != Data::extreme) {
+    for (int64_t i = 0; i < packed_panels(n) * packed_blocks(k) * kInt4BlockBytes; ++i) {
+      weight.as<uint8_t>()[i] = static_cast<uint8_t>(integer(0, 255));
+    }
+    for (size_t i = 0; i < scales; ++i) zero.as<uint8_t>()[i] = static_cast<uint8_t>(integer(0, 15));
+  }
+  for (size_t i = 0; i < scales; ++i) scale.set(i, uniform(-1e-2f, 1e-1f));
+  for (size_t i = 0; i < bias.size; ++i) bias.set(i, normal());
+  auto run = [&](const Kernels& table, int filling, const Floats& y) {
+    Guarded scratch(table.int4_linear_scratch(m, n, k, group), 64, filling);
+    Int4Linear a{};
+    a.x = x.pointer();
+    a.y = y.pointer();
+    a.weight = weight.as<uint8_t>();
+    a.scale = scale.memory.as<bf16>();
+    a.zero = has_zero ? zero.as<uint8_t>() : nullptr;
+    a.bias = has_bias ? bias.pointer() : FloatPtr{nullptr, Type::f32};
+    a.m = m, a.n = n, a.k = k, a.group = group;
+    a.scratch = scratch.as<void>();
+    table.int4_linear(a);
+  };
+  Floats expected(static_cast<size_t>(m * n), type, 0x5a), got(static_cast<size_t>(m * n), type, 0xc5);
+  run(kernels_scalar, 0x11, expected);
+  run(tested, 0x77, got);
+  check_same(got, expected, n);
+}
+
+void int4_linear_shapes() {
+  for (int64_t k : {0, 1, 3, 31, 32, 33, 64, 127, 130, 770}) {
+    for (int64_t n : {0, 1, 15, 16, 17, 33, 65}) {
+      for (int64_t m : {0, 1, 2, 3, 4, 5, 6, 7, 8, 13}) {
+        int4_linear(m, n, k, pick<int64_t>({32, 64, 128}),
+                    pick<Data>({Data::random, Data::special, Data::extreme, Data::ties}),
+                    pick<Type>({Type::f32, Type::bf16}), integer(0, 1) == 1, integer(0, 1) == 1);
+      }
+    }
+  }
+  for (Data data : {Data::random, Data::special, Data::extreme, Data::ties}) {
+    for (int64_t group : {32, 64, 128}) {
+      for (bool zero : {false, true}) {
+        int4_linear(11, 83, 300, group, data, Type::f32, zero, true);
+        int4_linear(1, 83, 300, group, data, Type::bf16, zero, false);
+      }
+    }
+  }
+  int4_linear(1030, 17, 65, 32, Data::random, Type::f32, true, true);  // more rows than one pass takes
 }
 
 // ---- kd_loss: equal up to rounding ----
@@ -363,6 +429,7 @@ int main(int count, char** arguments) {
   generator.seed(seed);
   explain_faults();
   int8_linear_shapes();
+  int4_linear_shapes();
   kd_loss_cases();
   add_layer_norm_cases();
   int8_embedding_cases();

@@ -75,6 +75,13 @@ inline simde__m512i emulated_cvtepi8_epi32(simde__m128i a) {
   return bits<simde__m512i>(r);
 }
 
+inline simde__m512i emulated_cvtepu8_epi32(simde__m128i a) {
+  auto x = bits<Lanes<uint8_t, 16>>(a);
+  Ints r;
+  for (int i = 0; i < 16; ++i) r.lane[i] = x.lane[i];
+  return bits<simde__m512i>(r);
+}
+
 inline simde__m256i emulated_cvtepi32_epi16(simde__m512i a) {  // truncates, as the instruction does
   Ints x = bits<Ints>(a);
   Lanes<uint16_t, 16> r;
@@ -121,6 +128,7 @@ inline int32_t emulated_reduce_max_epi32(simde__m512i a) {
 #define _mm512_cvtepi32_ps(a) emulated_cvtepi32_ps(a)
 #define _mm512_cvtepu16_epi32(a) emulated_cvtepu16_epi32(a)
 #define _mm512_cvtepi8_epi32(a) emulated_cvtepi8_epi32(a)
+#define _mm512_cvtepu8_epi32(a) emulated_cvtepu8_epi32(a)
 #define _mm512_cvtepi32_epi16(a) emulated_cvtepi32_epi16(a)
 #define _mm512_cvtepi32_epi8(a) emulated_cvtepi32_epi8(a)
 #define _mm512_reduce_add_ps(a) emulated_reduce_add_ps(a)

@@ -13,6 +13,8 @@ constexpr int kQuadBytes = 8;  // four magnitudes, four sign masks
 constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 5;  // 10 sums, 2 vectors of weights, |x|, mask, 1 and a product: all 16 registers
 constexpr int kPanelsPerTile = 1;
+constexpr int kNibbleRows = 4;    // 8 sums of pairs, 2 vectors of weights, activations, a product and 15; the rest is
+constexpr int kNibblePanels = 1;  // touched once in a group, and spilled
 
 struct F {
   __m256 v;
@@ -157,5 +159,43 @@ inline I dot_floor(I acc, Weights w, Quad x) {
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
 inline void opaque(Quad& x) { asm volatile("" : "+x"(x.magnitude)); }
+
+inline I iset1(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline I load_bytes(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+}
+inline I mul16(I a, int32_t b) { return {_mm256_madd_epi16(a.v, _mm256_set1_epi32(b & 0xffff))}; }
+inline void store_bytes(int8_t* p, int64_t stride, F a) {
+  __m256i q = _mm256_cvtps_epi32(a.v);
+  __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  int64_t quads = _mm_cvtsi128_si64(_mm_packs_epi16(h, h));
+  memcpy(p, &quads, 4);
+  quads >>= 32;
+  memcpy(p + stride, &quads, 4);
+}
+inline __m256i bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Weights low_nibbles(const uint8_t* p) { return {_mm256_and_si256(bytes(p), _mm256_set1_epi8(15))}; }
+inline Weights high_nibbles(const uint8_t* p) {
+  return {_mm256_and_si256(_mm256_srli_epi16(bytes(p), 4), _mm256_set1_epi8(15))};
+}
+inline I broadcast_quad(const int8_t* p) {
+  int32_t x;
+  memcpy(&x, p, 4);
+  return {_mm256_set1_epi32(x)};
+}
+// Nibbles are unsigned and activations signed, as vpmaddubsw has it. Pairs of products are at most 2 * 15 * 127, so
+// that eight of them fit 16 bits: half the instructions of dot().
+struct NibbleSum {
+  I sum;
+  __m256i pairs;
+};
+inline NibbleSum nibble_start(I a) { return {a, _mm256_setzero_si256()}; }
+inline void dot_nibbles(NibbleSum& acc, Weights w, I x) {
+  acc.pairs = _mm256_add_epi16(acc.pairs, _mm256_maddubs_epi16(w.v, x.v));
+}
+inline void fold(NibbleSum& acc) {
+  acc = nibble_start({_mm256_add_epi32(acc.sum.v, _mm256_madd_epi16(acc.pairs, _mm256_set1_epi16(1)))});
+}
+inline I total(NibbleSum a) { return a.sum; }
 
 }  // namespace

@@ -7,6 +7,8 @@ namespace {
 constexpr int kQuadBytes = 8;  // four magnitudes, four sign masks
 constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 6;
+constexpr int kNibbleRows = 4;  // 8 sums of each of 3 kinds, 2 vectors of weights, activations, a product, 1 and 15
+constexpr int kNibblePanels = 2;
 constexpr int kPanelsPerTile = 4;  // 24 sums, 4 vectors of weights, |x|, mask, 1 and a product: 32 registers
 
 // The sign of x moves to w, as in avx2.h.
@@ -43,5 +45,18 @@ inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
 }
 inline I dot_floor(I acc, Weights w, Quad x) { return add_pairs(acc, _mm512_maddubs_epi16(x.magnitude, w.v)); }
 inline void opaque(Quad& x) { opaque_vector(x.magnitude); }
+
+// vpmaddubsw: nibbles are unsigned, activations signed. Pairs of products are at most 2 * 15 * 127, so that eight of
+// them fit 16 bits.
+struct NibbleSum {
+  I sum;
+  __m512i pairs;
+};
+inline NibbleSum nibble_start(I a) { return {a, _mm512_setzero_si512()}; }
+inline void dot_nibbles(NibbleSum& acc, Weights w, I x) {
+  acc.pairs = _mm512_add_epi16(acc.pairs, _mm512_maddubs_epi16(w.v, x.v));
+}
+inline void fold(NibbleSum& acc) { acc = nibble_start(add_pairs(acc.sum, acc.pairs)); }
+inline I total(NibbleSum a) { return a.sum; }
 
 }  // namespace

@@ -98,4 +98,20 @@ inline void opaque_vector(__m512i& x) { asm volatile("" : "+m"(x)); }
 inline void opaque_vector(__m512i& x) { asm volatile("" : "+v"(x)); }
 #endif
 
+inline I iset1(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline I load_bytes(const uint8_t* p) {
+  return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline I mul16(I a, int32_t b) { return {_mm512_madd_epi16(a.v, _mm512_set1_epi32(b & 0xffff))}; }
+inline void store_bytes(int8_t* p, int64_t stride, F a) {
+  alignas(16) int32_t quads[4];
+  _mm_store_si128(reinterpret_cast<__m128i*>(quads), narrow(a));
+  for (int i = 0; i < 4; ++i) memcpy(p + i * stride, quads + i, 4);
+}
+inline Weights low_nibbles(const uint8_t* p) { return {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15))}; }
+inline Weights high_nibbles(const uint8_t* p) {
+  return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))};
+}
+inline I broadcast_quad(const int8_t* p) { return {broadcast(p)}; }
+
 }  // namespace

@@ -8,6 +8,8 @@ constexpr int kQuadBytes = 4;
 constexpr uint8_t kZeroQuad = 128;
 constexpr int kRows = 6;  // 24 sums, 4 vectors of weights and one of activations: 29 of the 32 registers
 constexpr int kPanelsPerTile = 4;
+constexpr int kNibbleRows = 6;  // 12 integer and 12 float sums, 2 vectors of weights, one of activations, 15: 28 of 32
+constexpr int kNibblePanels = 2;
 
 // vpdpbusd multiplies unsigned by signed bytes: activations carry +128, and sums start at -128 sum(w).
 struct NegativeSum {
@@ -33,5 +35,14 @@ inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
   for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
 }
 inline void opaque(Quad& x) { opaque_vector(x.v); }
+
+// vpdpbusd as it is: nibbles are unsigned, activations signed.
+struct NibbleSum {
+  I sum;
+};
+inline NibbleSum nibble_start(I a) { return {a}; }
+inline void dot_nibbles(NibbleSum& acc, Weights w, I x) { acc.sum.v = _mm512_dpbusd_epi32(acc.sum.v, w.v, x.v); }
+inline void fold(NibbleSum&) {}
+inline I total(NibbleSum a) { return a.sum; }
 
 }  // namespace

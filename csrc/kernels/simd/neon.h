@@ -13,6 +13,8 @@ constexpr int kQuadBytes = 4;
 constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 4;  // 16 sums, 4 vectors of weights, 4 of activations: 24 of the 32 registers
 constexpr int kPanelsPerTile = 1;
+constexpr int kNibbleRows = 3;  // 12 integer and 12 float sums, 4 vectors of weights, activations, 15: 30 of 32
+constexpr int kNibblePanels = 1;
 
 struct F {
   float32x4_t v;
@@ -125,5 +127,30 @@ inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
   for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
 }
 inline void opaque(Quad& x) { asm volatile("" : "+w"(x.v)); }
+
+inline I iset1(int32_t x) { return {vdupq_n_s32(x)}; }
+inline I load_bytes(const uint8_t* p) {
+  uint32_t x;
+  memcpy(&x, p, 4);
+  uint16x8_t h = vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(x)));
+  return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(h)))};
+}
+inline I mul16(I a, int32_t b) { return {vmulq_n_s32(a.v, b)}; }
+inline void store_bytes(int8_t* p, int64_t stride, F a) {
+  NegativeSum unused;
+  store_quads(p, stride, a, unused);
+}
+inline Weights low_nibbles(const uint8_t* p) { return {vreinterpretq_s8_u8(vandq_u8(vld1q_u8(p), vdupq_n_u8(15)))}; }
+inline Weights high_nibbles(const uint8_t* p) { return {vreinterpretq_s8_u8(vshrq_n_u8(vld1q_u8(p), 4))}; }
+inline I broadcast_quad(const int8_t* p) { return {vreinterpretq_s32_s8(quad(p).v)}; }
+struct NibbleSum {
+  I sum;
+};
+inline NibbleSum nibble_start(I a) { return {a}; }
+inline void dot_nibbles(NibbleSum& acc, Weights w, I x) {
+  acc.sum = dot_floor(acc.sum, w, {vreinterpretq_s8_s32(x.v)});
+}
+inline void fold(NibbleSum&) {}
+inline I total(NibbleSum a) { return a.sum; }
 
 }  // namespace

@@ -16,6 +16,13 @@
 //                              the form that quad() reads, kQuadBytes at each `stride`; adds the magnitudes of the
 //                              negative ones to a NegativeSum, if this ISA needs it; kZeroQuad fills a row of zeros
 //   Weights weights            one vector of weights: kLanes outputs by four inputs
+//   store_bytes                rounds kLanes activations as store_quads does, and writes every four as signed bytes
+//   low_nibbles high_nibbles   one vector of int4 weights, 0..15: those in the low, or the high, halves of its bytes
+//   broadcast_quad             four signed activations, in all lanes
+//   NibbleSum nibble_start dot_nibbles fold total
+//                              the exact sum of a start and of dot products with nibbles; fold() at least after every
+//                              eighth
+//   iset1 load_bytes mul16     the same int32 in all lanes; kLanes unsigned bytes; a product of factors of 16 bits
 //   start dot                  start(column_sums, row_sum), then dot() of every quad: the exact sums of products;
 //                              row_sum is NegativeSum's total
 //   Quad quad dot_floor        the fewest instructions of any 8-bit dot product of this ISA: what peak.inl measures
@@ -34,6 +41,8 @@ constexpr int kQuadBytes = 4;
 constexpr uint8_t kZeroQuad = 0;
 constexpr int kRows = 2;  // rows and panels of the int8 micro-kernel's tile
 constexpr int kPanelsPerTile = 1;
+constexpr int kNibbleRows = 2;  // likewise of the int4 micro-kernel
+constexpr int kNibblePanels = 1;
 
 struct F {
   float v;
@@ -130,5 +139,36 @@ inline void dot(I (&acc)[V], const Weights (&w)[V], const int8_t* p) {
   for (int v = 0; v < V; ++v) acc[v] = dot_floor(acc[v], w[v], x);
 }
 inline void opaque(Quad& x) { asm volatile("" : "+m"(x)); }
+
+inline I iset1(int32_t x) { return {x}; }
+inline I load_bytes(const uint8_t* p) { return {*p}; }
+inline I mul16(I a, int32_t b) { return {a.v * b}; }
+inline void store_bytes(int8_t* p, int64_t, F a) { *p = static_cast<int8_t>(nearbyintf(a.v)); }
+inline Weights low_nibbles(const uint8_t* p) {
+  Weights r;
+  for (int i = 0; i < 4; ++i) r.w[i] = static_cast<int8_t>(p[i] & 15);
+  return r;
+}
+inline Weights high_nibbles(const uint8_t* p) {
+  Weights r;
+  for (int i = 0; i < 4; ++i) r.w[i] = static_cast<int8_t>(p[i] >> 4);
+  return r;
+}
+inline I broadcast_quad(const int8_t* p) {
+  I r;
+  memcpy(&r.v, p, 4);
+  return r;
+}
+struct NibbleSum {
+  I sum;
+};
+inline NibbleSum nibble_start(I a) { return {a}; }
+inline void dot_nibbles(NibbleSum& acc, Weights w, I x) {
+  Quad q;
+  memcpy(q.x, &x.v, 4);
+  acc.sum = dot_floor(acc.sum, w, q);
+}
+inline void fold(NibbleSum&) {}
+inline I total(NibbleSum a) { return a.sum; }
 
 }  // namespace

@@ -6,12 +6,13 @@ from potstill.nn.activation import FusedActivation
 from potstill.nn.attention import Int8MultiheadAttention
 from potstill.nn.embedding import Int8Embedding
 from potstill.nn.encoder import Int8TransformerEncoderLayer
+from potstill.nn.int4 import Int4Linear
 from potstill.nn.linear import Int8Linear
 from potstill.nn.loss import KDLoss
 from potstill.nn.norm import AddLayerNorm
 from potstill.nn.shared import Int8LinearPart
 
-_LAYERS = (Int8Linear, Int8LinearPart, FusedActivation, Int8Embedding, Int8MultiheadAttention)
+_LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
 KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer)}
 """Each drop-in layer by the name that checkpoints know it by."""
 
@@ -19,6 +20,7 @@ __all__ = [
     "KINDS",
     "AddLayerNorm",
     "FusedActivation",
+    "Int4Linear",
     "Int8Embedding",
     "Int8Linear",
     "Int8LinearPart",

@@ -98,6 +98,13 @@ class Int8Embedding(nn.Module):
         y: Tensor = int8_embedding(self._parameters["weight"], self._buffers["scale"], input, self.dtype)
         return y
 
+    @classmethod
+    def wrong_values(cls, state: Mapping[str, Tensor], prefix: str) -> str:
+        """What is wrong with the numbers of a ``state_dict`` whose shapes and dtypes are right; empty if nothing is."""
+        scale = state[f"{prefix}scale"]
+        good = bool((torch.isfinite(scale) & (scale >= 0)).all())
+        return "" if good else f"{prefix}scale has values that are negative or not finite"
+
     def extra_repr(self) -> str:
         """Sizes, as ``nn.Embedding`` prints them."""
         padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"

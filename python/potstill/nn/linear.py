@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from potstill.nn.quantized import QuantizedLinear
 from potstill.ops.activation import check_activation
 from potstill.ops.int8_linear import MAX_FEATURES, int8_linear, pack, quantize_weight, unpack
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(QuantizedLinear):
     """A linear layer with int8 weights whose input is quantised per row on the fly; see :data:`ops.int8_linear`.
 
     Input [..., in_features] of any float dtype, output [..., out_features] of the same dtype (under autocast: of the
@@ -35,9 +36,8 @@ class Int8Linear(nn.Module):
     """
 
     kind = "int8_linear"
+    _options: ClassVar = ("activation",)
     weight: nn.Parameter
-    scale: Tensor
-    bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "none") -> None:
         super().__init__()
@@ -54,14 +54,6 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", torch.ones(out_features))
         zero_bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
         self.register_parameter("bias", zero_bias)  # also when it is None
-
-    @staticmethod
-    def float_config(module: nn.Module) -> dict[str, Any] | None:
-        """What an ``nn.Linear`` says of the :meth:`config` of its int8 form; None for any other module."""
-        if type(module) is not nn.Linear:
-            return None
-        bias = module.bias is not None
-        return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
 
     @classmethod
     def from_float(cls, linear: nn.Linear, activation: str = "none") -> Self:
@@ -104,15 +96,6 @@ class Int8Linear(nn.Module):
                 linear.bias.copy_(self.bias)
         return linear.train(self.training)
 
-    def config(self) -> dict[str, Any]:
-        """The arguments that build an empty layer of this shape."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "bias": self.bias is not None,
-            "activation": self.activation,
-        }
-
     def int8_weight(self) -> Tensor:
         """The integers as [out_features, in_features]."""
         return unpack(self.weight, self.out_features, self.in_features)
@@ -131,17 +114,18 @@ class Int8Linear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """Sizes, as ``nn.Linear`` prints them."""
-        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return text if self.activation == "none" else f"{text}, activation={self.activation!r}"
+        """Sizes, as ``nn.Linear`` prints them, and the activation if there is one."""
+        return super().extra_repr().removesuffix(", activation='none'")
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # .half() and .to(bfloat16) change float tensors; scales follow the device only.
-        scale = self.scale
-        nn.Module._apply(self, fn, recurse)
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
-        return self
+    @classmethod
+    def wrong_values(cls, state: Mapping[str, Tensor], prefix: str) -> str:
+        """The kernels' sums are exact only for integers in [-127, 127]; see :mod:`potstill.ops.int8_linear`."""
+        weight, scale = state[f"{prefix}weight"], state[f"{prefix}scale"]
+        if bool((weight == -128).any()):
+            return f"{prefix}weight has the value -128; int8 weights lie in [-127, 127]"
+        if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+            return f"{prefix}scale has values that are negative or not finite"
+        return ""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

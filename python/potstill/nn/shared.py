@@ -23,6 +23,7 @@ class Int8LinearPart(Int8Linear):
     """
 
     kind = "int8_linear_part"
+    _options = ("group",)
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, group: int) -> None:
         super().__init__(in_features, out_features, bias)
@@ -39,12 +40,6 @@ class Int8LinearPart(Int8Linear):
         part.group, part._shared = group, None
         part._parameters, part._buffers = dict(layer._parameters), dict(layer._buffers)
         return part
-
-    def config(self) -> dict[str, Any]:
-        """The arguments that build an empty part of this shape."""
-        config = super().config() | {"group": self.group}
-        del config["activation"]  # parts have none
-        return config
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features], plus ``residual`` of that shape if it is given."""

@@ -9,10 +9,16 @@ from torch import nn
 from potstill.transform.configs import Config
 from potstill.transform.rules.attention import AttentionToInt8, EncoderLayerToInt8
 from potstill.transform.rules.embedding import EmbeddingToInt8
-from potstill.transform.rules.linear import LinearToInt8
+from potstill.transform.rules.linear import LinearToInt4, LinearToInt8
 from potstill.transform.rules.rule import Rule
 
-RULES: tuple[Rule[Any], ...] = (LinearToInt8(), EmbeddingToInt8(), AttentionToInt8(), EncoderLayerToInt8())
+RULES: tuple[Rule[Any], ...] = (
+    LinearToInt8(),
+    LinearToInt4(),
+    EmbeddingToInt8(),
+    AttentionToInt8(),
+    EncoderLayerToInt8(),
+)
 """Every rule there is."""
 
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from potstill.nn import Int8Linear
-from potstill.ops import int8_linear
+from potstill.nn import Int4Linear, Int8Linear
+from potstill.ops import int4_linear, int8_linear
 from potstill.ops.int8_linear import MAX_FEATURES
 from potstill.ops.op import Op
-from potstill.transform.configs import Int8
+from potstill.transform.configs import Int4, Int8
 from potstill.transform.eligible import why_not_plain, why_not_weight
 from potstill.transform.grid import Grid
 from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, autocast_dtype
@@ -77,10 +77,6 @@ class LinearRule(Rule[RowCalls]):
         """See :class:`Rule`."""
         return int(module.out_features), int(module.in_features)
 
-    def share(self, first: Int8Linear, other: Int8Linear) -> None:
-        """See :class:`Rule`."""
-        other.weight, other.scale = first.weight, first.scale
-
     def alike(self, module: nn.Linear) -> Hashable:
         """Sizes, dtype and whether there is a bias."""
         return module.weight.shape, module.weight.dtype, module.bias is None
@@ -108,3 +104,42 @@ class LinearToInt8(LinearRule):
             return Int8Linear.from_float(module)
         layer = Int8Linear.from_integers(rounding.integers, rounding.scale, module.bias)
         return layer.train(module.training)
+
+    def share(self, first: Int8Linear, other: Int8Linear) -> None:
+        """See :class:`Rule`."""
+        other.weight, other.scale = first.weight, first.scale
+
+
+class LinearToInt4(LinearRule):
+    """:class:`nn.Int4Linear`."""
+
+    target = Int4Linear
+    config = Int4
+    action = "int4"
+    op = int4_linear
+
+    def too_long(self, features: int) -> str:
+        """Sums are of one group each: any number of groups will do."""
+        return ""
+
+    def grid(self, config: Int4) -> Grid:
+        """That of :func:`ops.int4_linear.quantize_groups`."""
+        low, high = (-8, 7) if config.symmetric else (0, 15)
+        return Grid(low, high, config.group_size, config.symmetric, torch.bfloat16)
+
+    def build(self, module: nn.Linear, config: Int4, rounding: Rounding | None) -> Int4Linear:
+        """See :class:`Rule`."""
+        if rounding is None:
+            return Int4Linear.from_float(module, config.group_size, config.symmetric)
+        with torch.device(module.weight.device):
+            new = Int4Linear(module.in_features, module.out_features, False, config.group_size, config.symmetric)
+        integers = rounding.integers + 8 if config.symmetric else rounding.integers
+        zero = None if rounding.zero is None else rounding.zero.to(torch.uint8)
+        new.set_weight(integers.to(torch.uint8), rounding.scale.to(torch.bfloat16), zero)
+        if module.bias is not None:
+            new.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+        return new.train(module.training)
+
+    def share(self, first: Int4Linear, other: Int4Linear) -> None:
+        """See :class:`Rule`."""
+        other.weight, other.scale, other.zero = first.weight, first.scale, first.zero

@@ -1,0 +1,52 @@
+"""What linear layers with integer weights share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer with integer weights, and scales that keep their dtype."""
+
+    kind: ClassVar[str]
+    _options: ClassVar[tuple[str, ...]] = ()  # what its config has beside the sizes
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+    scale: Tensor
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build an empty layer of this shape."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bias": self.bias is not None,
+        } | {name: getattr(self, name) for name in self._options}
+
+    @staticmethod
+    def float_config(module: nn.Module) -> dict[str, Any] | None:
+        """What an ``nn.Linear`` says of the :meth:`config` of its quantised form; None for any other module."""
+        if type(module) is not nn.Linear:
+            return None
+        bias = module.bias is not None
+        return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
+
+    @classmethod
+    def wrong_values(cls, state: Mapping[str, Tensor], prefix: str) -> str:
+        """What is wrong with the numbers of a ``state_dict`` whose shapes and dtypes are right; empty if nothing is."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Sizes, as ``nn.Linear`` prints them, and options."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # .half() and .to(bfloat16) change float tensors; scales follow the device only.
+        scale = self.scale
+        nn.Module._apply(self, fn, recurse)
+        if self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        return self
