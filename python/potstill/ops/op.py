@@ -115,13 +115,13 @@ class Op:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the op through torch's dispatcher, and through autograd if a gradient is needed."""
-        if kwargs or len(args) != len(self._defaults):
+        if kwargs:
             args = self.positional(*args, **kwargs)
         if torch.is_grad_enabled():
             for position in self.differentiable:
-                argument = args[position]
+                argument = args[position] if position < len(args) else None
                 if argument is not None and argument.requires_grad:
-                    return self._with_gradient(*args)
+                    return self._with_gradient(*self.positional(*args))
         return self._call(*args)
 
     def backend(self, device: str, dtype: torch.dtype) -> tuple[str, str]:
