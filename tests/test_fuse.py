@@ -192,6 +192,18 @@ def test_parts_survive_moves_copies_and_loading() -> None:
     assert (y - expected).norm() < 0.02 * expected.norm()
 
 
+def test_in_inference_mode() -> None:
+    model, x = int8(nn.Sequential(Attention((48, 32, 48)), nn.Linear(128, 64), nn.GELU())), torch.randn(4, 64)
+    with torch.inference_mode():
+        before = model(x)
+        report = fused(model, x)
+        assert [row.action for row in report.rows] == ["fused", "fused"]
+        assert (model(x) - before).norm() < 1e-5 * before.norm()
+    y = model(x.requires_grad_())  # not bound to that mode
+    y.sum().backward()
+    assert x.grad is not None
+
+
 def test_threads_do_not_take_each_others_results() -> None:
     model, _ = part_model()
     inputs = [torch.randn(4, 64) for _ in range(8)]

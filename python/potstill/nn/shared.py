@@ -60,6 +60,11 @@ def why_not_shared(layers: Sequence[Int8Linear]) -> str:
     return "" if len(biases) == len(devices) == 1 else "they differ in device, or in having a bias or its dtype"
 
 
+def version(x: Tensor) -> int:
+    """A number that grows when ``x`` is changed in place; torch does not count for inference tensors."""
+    return 0 if x.is_inference() else x._version
+
+
 def link(model: nn.Module) -> None:
     """Brings the parts of each group in ``model`` together; those of a group that is not complete stay alone."""
     groups: dict[int, list[Int8LinearPart]] = {}
@@ -97,8 +102,7 @@ class _Shared:
     def output(self, part: Int8LinearPart, x: Tensor) -> Tensor:
         thread = get_ident()
         # A result is good only for the same values, and for a caller who wants the same graph and dtype.
-        version = 0 if x.is_inference() else x._version
-        state = (version, torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
+        state = (version(x), torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         waiting = self.waiting.get(thread)
         if waiting is not None and waiting.x is x and waiting.state == state and id(part) in waiting.outputs:
             if len(waiting.outputs) == 1:
@@ -118,7 +122,8 @@ class _Shared:
 
     def _join(self) -> None:
         # The parts' tensors become views of the joined ones: one resident copy, whatever moved or reloaded them.
-        self.joined = [self._joined(name) for name in ("weight", "scale", "bias")]
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could never take part in training
+            self.joined = [self._joined(name) for name in ("weight", "scale", "bias")]
         self.places = self._places()
 
     def _joined(self, name: str) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from potstill.nn import Int8Linear
+from potstill.nn.shared import version
 from potstill.transform.observe import Call, Sample, autocast_dtype, run
 
 # What only asks about a tensor, without using its values.
@@ -72,7 +73,7 @@ class _Watch(TorchFunctionMode):
     def layer_starts(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["x"]
         self.read(x)
-        key = (id(x), x._version)
+        key = (id(x), version(x))
         if key not in self._inputs:
             self._held.append(x)
             self._inputs[key] = []
