@@ -18,7 +18,7 @@ Activation activation_of(const std::string& name) {
 }
 
 void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle bias, const std::string& activation,
-                 py::handle residual, py::handle y) {
+                 py::handle residual, py::handle factor, py::handle y) {
   constexpr const char* kOp = "int8_linear";
   TensorView xv(x, kOp, "x"), wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), yv(y, kOp, "y");
   if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, in_features]");
@@ -41,6 +41,7 @@ void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle b
   a.activation = activation_of(activation);
   a.m = m, a.n = n, a.k = k;
   if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
+  if (!factor.is_none()) a.factor = TensorView(factor, kOp, "factor").contiguous().shape({k}).f32();
   if (!residual.is_none()) {
     TensorView rv(residual, kOp, "residual");
     a.residual = rv.contiguous().shape({m, n}).floats();

@@ -146,7 +146,7 @@ def test_bad_arguments_say_what_is_wrong(change: dict[str, Tensor], message: str
 def test_the_extension_refuses_what_has_no_memory(argument: object) -> None:
     weight, scale = pack(torch.zeros(20, 20, dtype=torch.int8)), torch.ones(20)
     with pytest.raises((ValueError, TypeError), match="int8_linear: x"):
-        _C.int8_linear(argument, weight, scale, None, "none", None, torch.empty(2, 20))  # type: ignore[arg-type]
+        _C.int8_linear(argument, weight, scale, None, "none", None, None, torch.empty(2, 20))  # type: ignore[arg-type]
 
 
 def test_gradient_is_that_of_the_dequantised_weight() -> None:

@@ -27,9 +27,10 @@ float quantise_nibble_row(const T* x, int64_t k, int64_t group, int8_t* q, int32
   int64_t groups = packed_scales(k, group), stride = rows * 4;
   for (int64_t i = 0; i < block_quads(k); ++i) memset(q + i * stride, 0, 4);
   for (int64_t g = 0; g < groups; ++g) sums[g * rows] = 0;
-  RowRange range = row_range(x, k);
+  Plain<T> row{x};
+  RowRange range = row_range(row, k);
   if (range.inverse != 0.0f) {
-    for_scaled(x, k, range.inverse, [&](int64_t i, F v) {
+    for_scaled(row, k, range.inverse, [&](int64_t i, F v) {
       F rounded = round_even(v);
       store_bytes(q + i / 4 * stride + i % 4, stride, rounded);
       sums[i / group * rows] -= static_cast<int32_t>(sum(rounded));

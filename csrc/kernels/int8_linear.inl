@@ -1,5 +1,5 @@
-// y = activation(scale_x[m] scale_w[n] (xq wq^T) + bias) + residual, with xq quantised here: per row, symmetric, to
-// [-127, 127] (linear.inl).
+// y = activation(scale_x[m] scale_w[n] (xq wq^T) + bias) + residual, with x, times the factors of its inputs if there
+// are any, quantised here to xq: per row, symmetric, to [-127, 127] (linear.inl).
 //
 // Sums are exact int32 for k <= kMaxFeatures, which the caller checks. Bounds: m n k multiply-adds at the ISA's byte
 // dot-product rate, n k bytes of weights at the bandwidth of the memory level that holds them.
@@ -20,22 +20,26 @@ struct RowScale {
 };
 
 // Writes the row's quads `stride` bytes apart.
-template <class T>
-RowScale quantise_row(const T* x, int64_t k, int8_t* q, int64_t stride) {
-  RowRange range = row_range(x, k);
+template <class Row>
+RowScale quantise_row(const Row& row, int64_t k, int8_t* q, int64_t stride) {
+  RowRange range = row_range(row, k);
   NegativeSum negative;
   if (range.inverse == 0.0f) {
     for (int64_t g = 0; g < packed_groups(k); ++g) memset(q + g * stride, kZeroQuad, kQuadBytes);
   } else {
-    for_scaled(x, k, range.inverse,
+    for_scaled(row, k, range.inverse,
                [&](int64_t i, F v) { store_quads(q + i / 4 * stride + i % 4, stride, v, negative); });
   }
   return {range.scale, negative.total()};
 }
 
 template <class T>
-void quantise_block(const T* x, int64_t k, int64_t rows, int8_t* q, RowScale* scales) {
-  for (int64_t r = 0; r < rows; ++r) scales[r] = quantise_row(x + r * k, k, q + r * kQuadBytes, rows * kQuadBytes);
+void quantise_block(const T* x, const float* factor, int64_t k, int64_t rows, int8_t* q, RowScale* scales) {
+  int64_t stride = rows * kQuadBytes;
+  for (int64_t r = 0; r < rows; ++r, x += k, q += kQuadBytes) {
+    scales[r] = factor == nullptr ? quantise_row(Plain<T>{x}, k, q, stride)
+                                  : quantise_row(Smoothed<T>{x, factor}, k, q, stride);
+  }
 }
 
 // The unroll pragmas put the sums into registers: without them gcc keeps the array in memory, a third slower.
@@ -143,7 +147,7 @@ void int8_linear_of(const Int8Linear& a) {
     RowBlocks blocks(rows, kRows);
     parallel_for(blocks.count, rows * a.k >= kMinQuantiseForThreads, [&](int64_t block) {
       int64_t row = blocks.start(block);
-      quantise_block(static_cast<const T*>(a.x.data) + (first + row) * a.k, a.k, blocks.size(block),
+      quantise_block(static_cast<const T*>(a.x.data) + (first + row) * a.k, a.factor, a.k, blocks.size(block),
                      q + row * row_bytes(a.k), scales + row);
     });
     Pass pass{a, q, scales, first};

@@ -19,12 +19,29 @@ struct RowRange {
   float inverse;  // 0 if the row is stored as zeros
 };
 
+// A row of activations as it is.
 template <class T>
-RowRange row_range(const T* x, int64_t k) {
+struct Plain {
+  const T* x;
+  F at(int64_t i) const { return load(x + i); }
+  F first_at(int64_t i, int n) const { return load_n(x + i, n, 0.0f); }
+};
+
+// A row with a factor for each input.
+template <class T>
+struct Smoothed {
+  const T* x;
+  const float* factor;
+  F at(int64_t i) const { return mul(load(x + i), load(factor + i)); }
+  F first_at(int64_t i, int n) const { return mul(load_n(x + i, n, 0.0f), load_n(factor + i, n, 0.0f)); }
+};
+
+template <class Row>
+RowRange row_range(const Row& row, int64_t k) {
   I bits = izero();
   int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) bits = magnitude_max(bits, load(x + i));
-  if (i < k) bits = magnitude_max(bits, load_n(x + i, static_cast<int>(k - i), 0.0f));
+  for (; i + kLanes <= k; i += kLanes) bits = magnitude_max(bits, row.at(i));
+  if (i < k) bits = magnitude_max(bits, row.first_at(i, static_cast<int>(k - i)));
   int32_t top_bits = itop(bits);
   float largest;
   memcpy(&largest, &top_bits, 4);
@@ -33,13 +50,13 @@ RowRange row_range(const T* x, int64_t k) {
   return {largest / 127.0f, 127.0f / largest};
 }
 
-// Calls write(i, x[i] .. x[i + kLanes) * inverse), with zeros for inputs from k up to a multiple of 4.
-template <class T, class Write>
-void for_scaled(const T* x, int64_t k, float inverse, const Write& write) {
+// Calls write(i, row[i] .. row[i + kLanes) * inverse), with zeros for inputs from k up to a multiple of 4.
+template <class Row, class Write>
+void for_scaled(const Row& row, int64_t k, float inverse, const Write& write) {
   F factor = set1(inverse);
   int64_t i = 0;
-  for (; i + kLanes <= k; i += kLanes) write(i, mul(load(x + i), factor));
-  for (; i < round_up(k, 4); i += kLanes) write(i, mul(load_n(x + i, static_cast<int>(k - i), 0.0f), factor));
+  for (; i + kLanes <= k; i += kLanes) write(i, mul(row.at(i), factor));
+  for (; i < round_up(k, 4); i += kLanes) write(i, mul(row.first_at(i, static_cast<int>(k - i)), factor));
 }
 
 // Rows are cut into blocks of at most `most` rows that differ by one row: 8 rows are 4 + 4, not 6 + 2. In memory the

@@ -26,6 +26,7 @@ constexpr int64_t packed_scales(int64_t k, int64_t group) { return (k + group - 
 
 struct Int8Linear {
   FloatPtr x;            // [m, k] row-major
+  const float* factor;   // [k], of each input, or null
   FloatPtr y;            // [m, n] row-major, of x's type
   const int8_t* weight;  // packed
   const float* scale;    // [n]

@@ -10,6 +10,7 @@ def int8_linear(
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None,
+    factor: Tensor | None,
     y: Tensor,
     /,
 ) -> None: ...

@@ -101,10 +101,13 @@ void int8_linear(int64_t m, int64_t n, int64_t k, Data data, Type type, bool has
   }
   Floats residual(static_cast<size_t>(m * n), type);
   for (size_t i = 0; i < residual.size; ++i) residual.set(i, normal());
+  Floats factor(static_cast<size_t>(k), Type::f32);  // goes with the residual
+  for (size_t i = 0; i < factor.size; ++i) factor.set(i, uniform(0.1f, 4));
   auto run = [&](const Kernels& table, int filling, const Floats& y) {
     Guarded scratch(table.int8_linear_scratch(m, n, k), 64, filling);
     FloatPtr none{nullptr, Type::f32};
-    table.int8_linear({x.pointer(), y.pointer(), packed.as<int8_t>(), scale.memory.as<float>(),
+    const float* factors = has_residual ? factor.memory.as<float>() : nullptr;
+    table.int8_linear({x.pointer(), factors, y.pointer(), packed.as<int8_t>(), scale.memory.as<float>(),
                        has_bias ? bias.pointer() : none, has_residual ? residual.pointer() : none, activation, m, n, k,
                        scratch.as<void>()});
   };

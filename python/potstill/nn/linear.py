@@ -21,7 +21,7 @@ class Int8Linear(QuantizedLinear):
     "gelu_tanh" or "silu") is applied before the outputs leave the registers. Gradients flow to the input; the layer
     itself is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds ``weight`` as [out_features,
     in_features] int8 and ``scale`` as [out_features] float32; in memory the weight is kept only once, in the kernels'
-    packed layout.
+    packed layout. With ``smooth`` there is a ``factor`` too, [in_features] float32, by which inputs are multiplied.
 
     Raises :class:`ValueError` when the input's last dimension is not ``in_features``, or ``in_features`` is above
     :data:`ops.int8_linear.MAX_FEATURES`.
@@ -36,10 +36,18 @@ class Int8Linear(QuantizedLinear):
     """
 
     kind = "int8_linear"
-    _options: ClassVar = ("activation",)
+    _options: ClassVar = ("activation", "smooth")
     weight: nn.Parameter
+    factor: Tensor | None
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, activation: str = "none") -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation: str = "none",
+        smooth: bool = False,
+    ) -> None:
         super().__init__()
         check_activation("Int8Linear", activation)
         if in_features > MAX_FEATURES:
@@ -52,6 +60,7 @@ class Int8Linear(QuantizedLinear):
         zeros = torch.zeros(out_features, in_features, dtype=torch.int8)
         self.weight = nn.Parameter(pack(zeros), requires_grad=False)
         self.register_buffer("scale", torch.ones(out_features))
+        self.register_buffer("factor", torch.ones(in_features) if smooth else None)
         zero_bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
         self.register_parameter("bias", zero_bias)  # also when it is None
 
@@ -63,12 +72,17 @@ class Int8Linear(QuantizedLinear):
 
     @classmethod
     def from_integers(
-        cls, integers: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str = "none"
+        cls,
+        integers: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        activation: str = "none",
+        factor: Tensor | None = None,
     ) -> Self:
-        """The layer with the weight ``integers * scale[:, None]``; the bias's memory is shared, not copied.
+        """The layer with the weight ``integers * scale[:, None] * factor``; the bias's memory is shared, not copied.
 
-        ``integers``: [out_features, in_features] int8 in [-127, 127]; ``scale``: [out_features] float32.
-        Raises :class:`ValueError` if they are anything else.
+        ``integers``: [out_features, in_features] int8 in [-127, 127]; ``scale``: [out_features] float32; ``factor``:
+        [in_features] float32, or None for 1. Raises :class:`ValueError` if they are anything else.
         """
         if integers.dtype != torch.int8 or integers.dim() != 2 or bool((integers == -128).any()):
             raise ValueError(
@@ -80,9 +94,14 @@ class Int8Linear(QuantizedLinear):
                 f"Int8Linear: scale is {scale.dtype} {list(scale.shape)}, expected float32 [{len(integers)}]: one for "
                 "each output"
             )
+        if factor is not None and (factor.dtype != torch.float32 or factor.shape != integers.shape[1:]):
+            raise ValueError(
+                f"Int8Linear: factor is {factor.dtype} {list(factor.shape)}, expected float32 [{integers.shape[1]}]: "
+                "one for each input"
+            )
         with torch.device(integers.device):
             layer = cls(integers.shape[1], integers.shape[0], bias=False, activation=activation)
-        layer.weight.data, layer.scale = pack(integers), scale
+        layer.weight.data, layer.scale, layer.factor = pack(integers), scale, factor
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
@@ -91,10 +110,16 @@ class Int8Linear(QuantizedLinear):
         """A float32 ``nn.Linear`` with the dequantised weight and a copy of the bias, without the activation."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
         with torch.no_grad():
-            linear.weight.copy_(self.int8_weight().float() * self.scale[:, None])
+            weight = self.int8_weight().float() * self.scale[:, None]
+            linear.weight.copy_(weight if self.factor is None else weight * self.factor)
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
         return linear.train(self.training)
+
+    @property
+    def smooth(self) -> bool:
+        """Whether inputs have factors."""
+        return self.factor is not None
 
     def int8_weight(self) -> Tensor:
         """The integers as [out_features, in_features]."""
@@ -109,14 +134,15 @@ class Int8Linear(QuantizedLinear):
                 f"Int8Linear: x has {x.shape[-1]} features, expected in_features={self.in_features}; "
                 f"x has shape {list(x.shape)}"
             )
+        factor = self._buffers["factor"]
         tensors = x, parameters["weight"], self._buffers["scale"], parameters["bias"]
-        if residual is None and self.activation == "none":  # each further argument would cost the dispatcher 0.3 us
-            return int8_linear(*tensors)  # type: ignore[no-any-return]
-        return int8_linear(*tensors, self.activation, residual)  # type: ignore[no-any-return]
+        if residual is None and factor is None and self.activation == "none":
+            return int8_linear(*tensors)  # type: ignore[no-any-return]  # each argument costs the dispatcher 0.3 us
+        return int8_linear(*tensors, self.activation, residual, factor)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
-        """Sizes, as ``nn.Linear`` prints them, and the activation if there is one."""
-        return super().extra_repr().removesuffix(", activation='none'")
+        """Sizes, as ``nn.Linear`` prints them, and what is not as usual."""
+        return super().extra_repr().replace(", activation='none'", "").replace(", smooth=False", "")
 
     @classmethod
     def wrong_values(cls, state: Mapping[str, Tensor], prefix: str) -> str:
@@ -126,6 +152,9 @@ class Int8Linear(QuantizedLinear):
             return f"{prefix}weight has the value -128; int8 weights lie in [-127, 127]"
         if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
             return f"{prefix}scale has values that are negative or not finite"
+        factor = state.get(f"{prefix}factor")
+        if factor is not None and not bool((torch.isfinite(factor) & (factor > 0)).all()):
+            return f"{prefix}factor has values that are not positive and finite"
         return ""
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

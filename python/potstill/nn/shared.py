@@ -23,10 +23,12 @@ class Int8LinearPart(Int8Linear):
     """
 
     kind = "int8_linear_part"
-    _options = ("group",)
+    _options = ("group", "smooth")
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, group: int) -> None:
-        super().__init__(in_features, out_features, bias)
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, group: int, smooth: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias, smooth=smooth)
         if type(group) is not int:
             raise TypeError(f"Int8LinearPart: group is {group!r}, expected an integer")
         self.group = group
@@ -55,9 +57,17 @@ def why_not_shared(layers: Sequence[Int8Linear]) -> str:
         return "one of them applies an activation"
     if any(layer.out_features % PANEL for layer in layers[:-1]):
         return f"out_features is no multiple of {PANEL}"
+    if not all(_same_factor(layer, layers[0]) for layer in layers):
+        return "they smooth their input differently"
     biases = {None if layer.bias is None else layer.bias.dtype for layer in layers}
     devices = {layer.weight.device for layer in layers}
     return "" if len(biases) == len(devices) == 1 else "they differ in device, or in having a bias or its dtype"
+
+
+def _same_factor(a: Int8Linear, b: Int8Linear) -> bool:
+    if a.factor is None or b.factor is None:
+        return a.factor is b.factor
+    return torch.equal(a.factor, b.factor)
 
 
 def version(x: Tensor) -> int:
@@ -111,7 +121,7 @@ class _Shared:
         if self.places != self._places():
             self._join()
         weight, scale, bias = self.joined
-        outputs = int8_linear(x, weight, scale, bias).split(self.sizes, -1)
+        outputs = int8_linear(x, weight, scale, bias, factor=self.parts[0].factor).split(self.sizes, -1)
         ready = dict(zip(map(id, self.parts), outputs, strict=True))
         y: Tensor = ready.pop(id(part))
         self.waiting[thread] = _Waiting(x, state, ready)

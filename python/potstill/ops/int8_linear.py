@@ -112,10 +112,12 @@ def _reference(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     _check(x, weight, scale, activation, residual)
     n, k = scale.numel(), x.shape[-1]
-    integers, x_scale = quantize_rows(x.reshape(-1, k))
+    rows = x.reshape(-1, k)
+    integers, x_scale = quantize_rows(rows if factor is None else rows.to(torch.float32) * factor)
     sums = integers @ unpack(weight, n, k).to(torch.float64).t()  # exact: |sums| < 2^53
     wide = torch.promote_types(x.dtype, torch.float32)
     y = sums.to(wide) * (x_scale * scale).to(wide)
@@ -132,6 +134,7 @@ def _fake(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
@@ -143,6 +146,7 @@ def _cpu(
     bias: Tensor | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
     n = scale.shape[0]
     if residual is not None:
@@ -150,38 +154,39 @@ def _cpu(
         residual = residual.reshape(-1, n).contiguous()
     if x.dim() == 2 and x.is_contiguous():  # the common case, kept short: it is half the time of a small layer
         y = x.new_empty((x.shape[0], n))
-        _C.int8_linear(x, weight, scale, bias, activation, residual, y)
+        _C.int8_linear(x, weight, scale, bias, activation, residual, factor, y)
         return y
     y = x.new_empty((*x.shape[:-1], n))
     rows = x.numel() // x.shape[-1] if x.shape[-1] else y.numel() // max(n, 1)
     x = x.reshape(rows, x.shape[-1]).contiguous()
-    _C.int8_linear(x, weight, scale, bias, activation, residual, y.view(rows, n))
+    _C.int8_linear(x, weight, scale, bias, activation, residual, factor, y.view(rows, n))
     return y
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, bias, activation, _ = inputs
+    x, weight, scale, bias, activation, _, factor = inputs
     ctx.activation = activation
     # The activation's derivative needs its input, which is computed again; keeping it would undo the fusion.
-    ctx.save_for_backward(weight, scale, *((x, bias) if activation != "none" else ()))
+    ctx.save_for_backward(weight, scale, factor, *((x, bias) if activation != "none" else ()))
     ctx.in_features, ctx.x_dtype = x.shape[-1], x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Straight-through: the rounding of x counts as the identity, so dy/dx is the dequantised weight.
-    weight, scale, *again = ctx.saved_tensors
+    weight, scale, factor, *again = ctx.saved_tensors
     grad_x = grad_bias = None
     grad_residual = grad if ctx.needs_input_grad[5] else None
     if again:
         x, bias = again
-        grad = activation_gradient(ctx.activation, grad, int8_linear(x.detach(), weight, scale, bias))
+        grad = activation_gradient(ctx.activation, grad, int8_linear(x.detach(), weight, scale, bias, factor=factor))
     if ctx.needs_input_grad[0]:
         integers = unpack(weight, scale.shape[0], ctx.in_features)
-        grad_x = ((grad * scale.to(grad.dtype)) @ integers.to(grad.dtype)).to(ctx.x_dtype)
+        grad_x = (grad * scale.to(grad.dtype)) @ integers.to(grad.dtype)
+        grad_x = (grad_x if factor is None else grad_x * factor).to(ctx.x_dtype)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, scale.shape[0]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, grad_residual
+    return grad_x, None, None, grad_bias, None, grad_residual, None
 
 
 def _arguments(
@@ -192,6 +197,7 @@ def _arguments(
     special: Iterable[float] = (),
     activation: str = "none",
     residual: bool = False,
+    factor: bool = False,
 ) -> dict[str, Any]:
     random = torch.Generator().manual_seed(shape[-1] * 7919 + n)
     integers = torch.randint(-127, 128, (n, shape[-1]), generator=random, dtype=torch.int8)
@@ -205,6 +211,7 @@ def _arguments(
         "bias": torch.randn(n, generator=random).to(dtype) if bias else None,
         "activation": activation,
         "residual": torch.randn((*shape[:-1], n), generator=random).to(dtype) if residual else None,
+        "factor": torch.rand(shape[-1], generator=random) * 0.9 + 0.1 if factor else None,
     }
 
 
@@ -233,6 +240,10 @@ def _samples(size: str) -> Iterable[Sample]:
         yield Sample(f"{activation}, no bias", lambda a=activation: _arguments((9, 40), 20, False, activation=a))  # type: ignore[misc]
     yield Sample("gelu, nan inf extremes", lambda: _arguments((9, 40), 20, special=special[:3], activation="gelu"))
     yield Sample("nan inf extremes", lambda: _arguments((9, 40), 20, special=special))
+    for dtype in (torch.float32, torch.bfloat16):
+        label = f"factors, {str(dtype).removeprefix('torch.')}"
+        yield Sample(label, lambda d=dtype: _arguments((2, 7, 43), 83, True, d, activation="relu", factor=True))  # type: ignore[misc]
+    yield Sample("factors, nan inf", lambda: _arguments((9, 40), 20, special=special[:3], factor=True))
     yield Sample("zeros", lambda: _arguments((4, 12), 18) | {"x": torch.zeros(4, 12)})
     yield Sample("tiny rows", lambda: _arguments((4, 12), 18) | {"x": torch.full((4, 12), 1e-40)})
     yield Sample("strided", lambda: _arguments((6, 20), 18) | {"x": torch.randn(20, 12).t()[::2]})
@@ -260,7 +271,7 @@ def _rivals(
 
 int8_linear = Op(
     "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, str activation='none', "
-    "Tensor? residual=None) -> Tensor",
+    "Tensor? residual=None, Tensor? factor=None) -> Tensor",
     reference=_reference,
     fake=_fake,
     kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
@@ -281,6 +292,8 @@ int8_linear = Op(
 - ``activation``: "none", "relu", "gelu", "gelu_tanh" or "silu", as in torch, applied while the sums are in registers.
   Largest errors against float64, as a share of max(1, |x|): gelu 9e-7, gelu_tanh and silu 4e-7.
 - ``residual``: of the result's shape and dtype, or None; added last.
+- ``factor``: [in_features] float32, or None: x is multiplied by it before it is quantised. With weights divided by it,
+  inputs whose values are much larger than the others' take less of the eight bits (SmoothQuant, Xiao et al. 2022).
 
 Returns [..., out_features] of x's dtype. The integer sums are exact; more than :data:`MAX_FEATURES` in_features, whose
 sums might not fit 32 bits, raise :class:`ValueError`. A row of x with a NaN or an infinity gives a row of NaN. The

@@ -268,9 +268,10 @@ def _agree(before: object, after: object) -> bool:
 def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not a.is_floating_point():
         return a.shape == b.shape and torch.equal(a, b)
-    # Rounding before the next layer may move single int8 activations by a step; a lost activation moves everything.
+    # Where float32 rounds otherwise, single int8 activations move by a step, and deep models amplify that up to the
+    # error that int8 itself brings, some percent; a value that goes to the wrong place moves everything.
     a, b = a.double().nan_to_num(), b.double().nan_to_num()
-    return bool((a - b).norm() <= 0.05 * a.norm())
+    return bool((a - b).norm() <= 0.25 * a.norm())
 
 
 def _row(candidate: _Candidate) -> FusionRow:

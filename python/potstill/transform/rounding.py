@@ -21,6 +21,7 @@ class Rounding:
     - ``config``: what they are for; ``method``: how they were found.
     - ``integers``: int8 [n, k]; ``scale``: float32, [n] for :class:`Int8`, [n, groups] for :class:`Int4`; ``zero``: of
       the scale's shape, or None for a symmetric grid.
+    - ``factor``: float32 [k] that the inputs are multiplied by first and the rounded weight was divided by, or None.
     - ``digest``: of the weight that they are a rounding of.
     """
 
@@ -30,6 +31,7 @@ class Rounding:
     scale: Tensor
     zero: Tensor | None
     digest: bytes
+    factor: Tensor | None = None
 
 
 def digest(weight: Tensor) -> bytes:

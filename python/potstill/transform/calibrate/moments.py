@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,24 +14,30 @@ from potstill.transform.calibrate.gptq import WORKSPACE
 from potstill.transform.calibrate.weights import Weight
 
 _ENTRY = 4  # bytes of a float32
+_KEPT = 512  # rows
 
 
 @dataclass(eq=False)
 class Moments:
     """X'X over all input rows X of a layer, or its diagonal; ``rows`` counts them.
 
+    ``largest`` is the largest magnitude of each input, ``kept`` the first 512 rows in pieces.
+
     Float32 is enough for the sum: n batches err by 2^-24 sqrt(n) or so of the largest entries, and GPTQ adds a
     hundredth of the mean to the diagonal anyway. What follows is in double precision where that is not enough.
     """
 
     sum: Tensor
+    largest: Tensor
     rows: int = 0
+    kept: list[Tensor] = field(default_factory=list)
 
     @classmethod
     def empty(cls, weight: Weight, full: bool) -> Moments:
         """For the inputs of ``weight``: of the whole matrix, or of its diagonal."""
         sizes = (weight.inputs, weight.inputs) if full else (weight.inputs,)
-        return cls(weight.tensor.new_zeros(sizes, dtype=torch.float32))
+        zeros = weight.tensor.new_zeros(weight.inputs, dtype=torch.float32)
+        return cls(weight.tensor.new_zeros(sizes, dtype=torch.float32), zeros)
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Adds the rows of one call; a forward pre-hook."""
@@ -43,7 +49,16 @@ class Moments:
                 self.sum.addmm_(rows.t(), rows)
             else:
                 self.sum += rows.square().sum(dim=0)
+            if len(rows):
+                self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
+            if self.rows < _KEPT:
+                self.kept.append(rows[: _KEPT - self.rows].clone())
         self.rows += len(rows)
+
+    def smoothed(self, factor: Tensor) -> Moments:
+        """The moments of the same inputs, each times its factor."""
+        outer = factor[:, None] * factor if self.sum.dim() == 2 else factor.square()
+        return Moments(self.sum * outer, self.largest * factor, self.rows)
 
     def power(self, weight: Tensor) -> float:
         """The sum of squares of the outputs of ``weight`` [n, k], without bias."""

@@ -20,6 +20,7 @@ class CalibrationRow:
     - ``nearest_snr_db``, ``snr_db``: 10 log10(sum y^2 / sum (y - y')^2) of its outputs over all these rows, without
       bias, rounded to nearest and as calibrated; None where not measured. Method "mse" knows only the size of each
       input, and counts them as uncorrelated.
+    - ``smoothing``: the share of the inputs' unevenness that was moved to the weights, or None; see :mod:`.smoothing`.
     - ``damping``: what GPTQ added to the second moments of the inputs, as a part of their mean.
     """
 
@@ -31,6 +32,7 @@ class CalibrationRow:
     nearest_snr_db: float | None = None
     snr_db: float | None = None
     damping: float | None = None
+    smoothing: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Calibration:
     def __str__(self) -> str:
         """A table for a terminal of 120 columns."""
         summary = f"{len(self.calibrated)} of {len(self.rows)} layers calibrated; runs over the loader: {self.passes}"
-        return text_table(("bits", "rounding", "rows", "SNR dB", "damping"), map(_cells, self.rows), [summary])
+        titles = ("bits", "rounding", "rows", "SNR dB", "damping", "smooth")
+        return text_table(titles, map(_cells, self.rows), [summary])
 
 
 def _cells(row: CalibrationRow) -> Iterable[str]:
@@ -64,4 +67,5 @@ def _cells(row: CalibrationRow) -> Iterable[str]:
     numbers = [f"{value:.1f}" for value in (row.nearest_snr_db, row.snr_db) if value is not None]
     yield " -> ".join(numbers)
     yield "" if row.damping is None else f"{row.damping:g}"
+    yield "" if row.smoothing is None else f"{row.smoothing:g}"
     yield row.reason

@@ -14,8 +14,10 @@ from potstill.transform.calibrate.clip import round_by_groups
 from potstill.transform.calibrate.gptq import FactorisationError, gptq
 from potstill.transform.calibrate.moments import Moments, chunks
 from potstill.transform.calibrate.report import Calibration, CalibrationRow
+from potstill.transform.calibrate.smoothing import Smoothing, smoothing
 from potstill.transform.calibrate.weights import Weight, weights_of
 from potstill.transform.configs import Config, Int8, Mixed
+from potstill.transform.grid import Grid
 from potstill.transform.measure import decibels
 from potstill.transform.observe import inputs_of, watching
 from potstill.transform.progress import Bar
@@ -41,6 +43,9 @@ def calibrate_(
     - ``memory``: bytes that second moments of inputs may take. If they are more, the layers take turns, in several runs
       over the loader. The integers, one byte for each weight, come on top.
     - ``quiet``: no progress bar.
+
+    Where an int8 layer gains by it, the unevenness of its inputs is moved to its weights first (SmoothQuant, Xiao et
+    al. 2022); its new form then multiplies its input by a factor for each feature.
 
     The layers themselves are not changed: each keeps the integers beside its weight, in no ``state_dict``, until
     ``quantize_`` takes them; if the weight has changed by then, they are dropped, and its report says so. Nothing is
@@ -70,8 +75,9 @@ def calibrate_(
     with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), bar.shown():
         for number, part in enumerate(parts, 1):
             moments = _moments(model, part, loader, method, bar, f"inputs {number}/{len(parts)}")
+            smooth = smoothing(moments)
             for weight in bar.track(part, f"rounding {number}/{len(parts)}"):
-                row, rounding = _round(weight, moments.pop(weight), method)
+                row, rounding = _round(weight, moments.pop(weight), method, smooth.get(weight))
                 rows.append(row)
                 found += [(weight, rounding)] if rounding is not None else []
     for weight, rounding in found:
@@ -116,19 +122,20 @@ def _moments(
     return sums
 
 
-def _round(weight: Weight, moments: Moments, method: str) -> tuple[CalibrationRow, Rounding | None]:
+def _round(
+    weight: Weight, moments: Moments, method: str, smooth: Smoothing | None
+) -> tuple[CalibrationRow, Rounding | None]:
     names = tuple(name for layer in weight.layers for name in layer.site.names)
     row = CalibrationRow(names, weight.config, "nearest", _why_not(moments), moments.rows)
     if row.reason:
         return row, None
-    tensor, grid = weight.tensor.float(), weight.grid
-    signal = moments.power(tensor)
-
-    def snr_db(integers: Tensor, scale: Tensor, zero: Tensor | None) -> float | None:
-        return decibels(signal, moments.power(tensor - grid.weight(integers, scale, zero)))
-
-    nearest, damping = snr_db(*round_by_groups(tensor, grid, None)), None
+    tensor, grid, factor, damping = weight.tensor.float(), weight.grid, None, None
+    nearest = _snr_db(tensor, round_by_groups(tensor, grid, None), grid, moments)
     row = replace(row, nearest_snr_db=nearest)
+    if smooth is not None:
+        strength, factor = smooth
+        tensor, moments = tensor / factor, moments.smoothed(factor)
+        row = replace(row, smoothing=strength)
     if method == "mse":
         integers, scale, zero = round_by_groups(tensor, grid, moments.sum)
     else:
@@ -136,10 +143,18 @@ def _round(weight: Weight, moments: Moments, method: str) -> tuple[CalibrationRo
             integers, scale, zero, damping = gptq(tensor, moments.sum, grid)
         except FactorisationError as error:
             return replace(row, reason=str(error)), None
-    row = replace(row, snr_db=snr_db(integers, scale, zero), damping=damping)
-    if nearest is not None and row.snr_db is not None and row.snr_db <= nearest:
+    calibrated = _snr_db(tensor, (integers, scale, zero), grid, moments)
+    row = replace(row, snr_db=calibrated, damping=damping)
+    if factor is None and nearest is not None and calibrated is not None and calibrated <= nearest:
         return replace(row, reason=f"{method} is no better"), None
-    return replace(row, rounding=method), Rounding(weight.config, method, integers, scale, zero, digest(weight.tensor))
+    rounding = Rounding(weight.config, method, integers, scale, zero, digest(weight.tensor), factor)
+    return replace(row, rounding=method), rounding
+
+
+def _snr_db(
+    weight: Tensor, rounded: tuple[Tensor, Tensor, Tensor | None], grid: Grid, moments: Moments
+) -> float | None:
+    return decibels(moments.power(weight), moments.power(weight - grid.weight(*rounded)))
 
 
 def _why_not(moments: Moments) -> str:

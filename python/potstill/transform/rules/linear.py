@@ -102,12 +102,12 @@ class LinearToInt8(LinearRule):
         """See :class:`Rule`."""
         if rounding is None:
             return Int8Linear.from_float(module)
-        layer = Int8Linear.from_integers(rounding.integers, rounding.scale, module.bias)
+        layer = Int8Linear.from_integers(rounding.integers, rounding.scale, module.bias, factor=rounding.factor)
         return layer.train(module.training)
 
     def share(self, first: Int8Linear, other: Int8Linear) -> None:
         """See :class:`Rule`."""
-        other.weight, other.scale = first.weight, first.scale
+        other.weight, other.scale, other.factor = first.weight, first.scale, first.factor
 
 
 class LinearToInt4(LinearRule):
