@@ -1,5 +1,6 @@
 """Every test starts from the same seed and leaves threads and instruction set as it found them."""
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +18,14 @@ def _same_start() -> Iterator[None]:
     yield
     _C.use_isa(isa)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_counts() -> Iterator[None]:
+    """Programs that a shell starts in the background ignore it from the start, and so would the tests of it."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
 
 
 @pytest.fixture
