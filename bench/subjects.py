@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 
 from peers import Job
 
-SENTENCES = 200
+SENTENCES = 200  # that judge accuracy; the others calibrate
 CONTEXT = 128  # tokens in a decoder's cache
 
 
@@ -84,15 +84,14 @@ def _minilm(length: int = 64) -> Job:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokens = tokenizer(sentences(), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     data = tuple(zip(tokens["input_ids"].split(1), tokens["attention_mask"].split(1), strict=True))
-    return Job(Embedding(model), tuple(x.clone() for x in data[0]), data)
+    return Job(Embedding(model), tuple(x.clone() for x in data[0]), data[:SENTENCES], data[SENTENCES:])
 
 
-def sentences(count: int = SENTENCES) -> list[str]:
-    """English sentences from the Python language reference, which every Python carries; spread over the whole of it."""
+def sentences() -> list[str]:
+    """More than 300 English sentences from the Python language reference, which every Python carries."""
     text = " ".join(pydoc_data.topics.topics.values())
     found = re.findall(r"(?<=[.] )[A-Z][a-z' ,\-]{40,200}[.](?= )", re.sub(r"\s+", " ", text))
-    found = list(dict.fromkeys(found))
-    return found[:: len(found) // count][:count]
+    return list(dict.fromkeys(found))
 
 
 def _llama() -> Job:

@@ -39,11 +39,12 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Job:
-    """A module in eval mode, the inputs of a call, and other inputs like them, which calibrate and judge accuracy."""
+    """A module in eval mode, the inputs of a call, and others like them: some judge accuracy, some may calibrate."""
 
     module: nn.Module
     inputs: tuple[Tensor, ...]
     data: tuple[tuple[Tensor, ...], ...] = ()
+    calibration: tuple[tuple[Tensor, ...], ...] = ()
 
 
 Prepare = Callable[[Job], Start]

@@ -22,9 +22,9 @@ nncf.set_log_level(logging.ERROR)
 
 @contestant("OpenVINO int8", INT8, MODEL)
 def int8(job: Job) -> Start:
-    """``nncf.quantize``: the ranges of activations are fixed by calibration, on what accuracy is judged by later."""
+    """``nncf.quantize``: the ranges of activations are fixed by calibration."""
     kind = None if isinstance(job.module, nn.Sequential) else nncf.ModelType.TRANSFORMER
-    batches = job.data or (job.inputs,)
+    batches = job.calibration or (job.inputs,)
     data = nncf.Dataset([[x.numpy() for x in batch] for batch in batches])
     model = nncf.quantize(_converted(job), data, model_type=kind, subset_size=len(batches))
     return lambda: _session(model, job.inputs)

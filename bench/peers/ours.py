@@ -40,6 +40,21 @@ def fused(job: Job) -> Start:
     return start
 
 
+@contestant("potstill calibrated + fuse", MODEL)
+def calibrated(job: Job) -> Start:
+    model = copy.deepcopy(job.module)
+    batches = job.calibration or (job.inputs,)
+    potstill.calibrate_(model, [(*batch, None) for batch in batches], quiet=True)  # None: the target that a loader has
+
+    def start() -> Call:
+        changed = copy.deepcopy(model)
+        potstill.quantize_(changed, sample_input=job.inputs)
+        potstill.fuse_(changed, job.inputs)
+        return calling(changed, job.inputs)()
+
+    return start
+
+
 @contestant("potstill compiled", MODEL)
 def quantized_and_compiled(job: Job) -> Start:
     return lambda: compiled(_quantized(job), job.inputs)()

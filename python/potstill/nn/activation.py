@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -50,24 +51,22 @@ class FusedActivation(nn.Module):
         return repr(self.activation)
 
 
-def activation_name(module: nn.Module) -> str | None:
-    """The name in :data:`ops.activation.ACTIVATIONS` of what ``module`` computes; None if it is none of them.
+def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The name in :data:`ops.activation.ACTIVATIONS` of what ``activation`` computes; None if it is none of them.
 
-    Only modules without parameters, buffers, children and hooks count. They are known by what they do to a row of
-    numbers, since every library has classes of its own for the same few functions.
+    Functions and modules are known by what they do to a row of numbers, since every library has its own for the same
+    few; of modules only those without parameters, buffers, children and hooks count.
 
-    >>> activation_name(nn.GELU(approximate="tanh")), activation_name(nn.Sigmoid())
-    ('gelu_tanh', None)
+    >>> activation_name(nn.GELU(approximate="tanh")), activation_name(torch.relu), activation_name(nn.Sigmoid())
+    ('gelu_tanh', 'relu', None)
     """
-    state = vars(module)
-    plain = not (module._parameters or module._buffers or module._modules or "forward" in state)
-    if not plain or any(value for name, value in state.items() if name.endswith("_hooks")):
+    if isinstance(activation, nn.Module) and not _is_plain(activation):
         return None
-    probe = torch.linspace(-10.0, 10.0, 201)
+    probe = torch.linspace(-10.0, 10.0, 201, device="cpu")
     try:
         with torch.no_grad():
-            result = module(probe.clone())
-    except Exception:  # whatever a module that is no activation makes of one tensor
+            result = activation(probe.clone())
+    except Exception:  # whatever something that is no activation makes of one tensor
         return None
     if not isinstance(result, Tensor) or result.shape != probe.shape or result.dtype != probe.dtype:
         return None
@@ -75,3 +74,9 @@ def activation_name(module: nn.Module) -> str | None:
         if name != "none" and torch.allclose(result, function(probe), rtol=1e-6, atol=2e-6):
             return name
     return None
+
+
+def _is_plain(module: nn.Module) -> bool:
+    state = vars(module)
+    hooked = any(value for name, value in state.items() if name.endswith("_hooks"))
+    return not (module._parameters or module._buffers or module._modules or "forward" in state or hooked)

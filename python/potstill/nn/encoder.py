@@ -6,30 +6,15 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from potstill.nn.activation import activation_name
 from potstill.nn.attention import Int8MultiheadAttention
 from potstill.nn.linear import Int8Linear
 from potstill.nn.norm import AddLayerNorm
+from potstill.ops.activation import ACTIVATIONS, check_activation
 
 Activation = Callable[[Tensor], Tensor]
-
-ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "gelu": F.gelu}
-"""The activations that a checkpoint can name."""
-
-
-def activation_name(activation: Activation) -> str | None:
-    """The name of ``activation`` in :data:`ACTIVATIONS`, or None.
-
-    >>> activation_name(F.relu), activation_name(nn.GELU()), activation_name(torch.sin)
-    ('relu', 'gelu', None)
-    """
-    if type(activation) is nn.ReLU:
-        return "relu"
-    if type(activation) is nn.GELU and activation.approximate == "none":
-        return "gelu"
-    return next((name for name, function in ACTIVATIONS.items() if function is activation), None)
 
 
 class Int8TransformerEncoderLayer(nn.Module):
@@ -62,11 +47,8 @@ class Int8TransformerEncoderLayer(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(activation, str) and activation not in ACTIVATIONS:
-            raise ValueError(
-                f"Int8TransformerEncoderLayer: activation is {activation!r}, expected one of {sorted(ACTIVATIONS)} "
-                "or a function of a tensor"
-            )
+        if isinstance(activation, str):
+            check_activation("Int8TransformerEncoderLayer", activation)
         self.self_attn = Int8MultiheadAttention(d_model, nhead, dropout, bias, batch_first=batch_first)
         self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.linear1 = Int8Linear(d_model, dim_feedforward, bias, activation_name(self.activation) or "none")
@@ -140,7 +122,7 @@ class Int8TransformerEncoderLayer(nn.Module):
         if activation is None:
             raise ValueError(
                 f"Int8TransformerEncoderLayer: activation {self.activation!r} has no name that a checkpoint could "
-                f"hold; expected one of {sorted(ACTIVATIONS)}"
+                f"hold; expected one of {', '.join(ACTIVATIONS)}"
             )
         return _arguments(self, activation)
 

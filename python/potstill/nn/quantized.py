@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
     """A frozen linear layer with integer weights, and scales that keep their dtype."""
 
     kind: ClassVar[str]
@@ -35,9 +36,9 @@ class QuantizedLinear(nn.Module):
         return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
 
     @classmethod
+    @abstractmethod
     def wrong_values(cls, state: Mapping[str, Tensor], prefix: str) -> str:
         """What is wrong with the numbers of a ``state_dict`` whose shapes and dtypes are right; empty if nothing is."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         """Sizes, as ``nn.Linear`` prints them, and options."""

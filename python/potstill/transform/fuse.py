@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from potstill.nn.shared import link, why_not_shared
 from potstill.transform.measure import calling, fastest
 from potstill.transform.observe import Call, Sample, run
 from potstill.transform.swap import Undo, all_of, replace, sites
+from potstill.transform.table import text_table
 from potstill.transform.trace import Trace, trace
 
 
@@ -58,30 +58,17 @@ class FusionReport:
 
     def __str__(self) -> str:
         """A table for a terminal of 120 columns."""
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
-        table.add_column("layers", overflow="fold")
-        for title in ("what", "now", "ms"):
-            table.add_column(title, no_wrap=True)
-        table.add_column("why", overflow="fold")
-        for row in self.rows:
-            ms = "" if row.ms_before is None else f"{row.ms_before:.3g} -> {row.ms_after:.3g}"
-            table.add_row(*(Text(cell) for cell in (", ".join(row.names), row.what, row.action, ms, row.reason)))
-        file = io.StringIO()
-        console = Console(file=file, width=120, color_system=None, force_terminal=False, legacy_windows=False)
-        console.print(table)
         ratio = self.ms_before / self.ms_after
-        console.print(
-            Text(
-                f"{len(self.fused)} of {len(self.rows)} fused; the model takes {self.ms_before:.3g} -> "
-                f"{self.ms_after:.3g} ms for the sample ({ratio:.2f} times the speed)"
-            )
+        summary = (
+            f"{len(self.fused)} of {len(self.rows)} fused; the model takes {self.ms_before:.3g} -> "
+            f"{self.ms_after:.3g} ms for the sample ({ratio:.2f} times the speed)"
         )
-        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+        return text_table(("what", "now", "ms"), map(_cells, self.rows), [summary])
+
+
+def _cells(row: FusionRow) -> Iterable[str]:
+    ms = "" if row.ms_before is None else f"{row.ms_before:.3g} -> {row.ms_after:.3g}"
+    return ", ".join(row.names), row.what, row.action, ms, row.reason
 
 
 @dataclass(eq=False)

@@ -160,7 +160,7 @@ def _settle(group: list[Layer]) -> None:
         keep(group, f"weight is tied to {stays.site.names[0]}.weight, which is kept")
     first, *others = group
     for other in others:
-        if other.rule is not first.rule or other.config != first.config or (first.rule and not first.rule.can_share):
+        if other.rule is not first.rule or other.config != first.config or (first.rule and not first.rule.shared):
             keep(group, f"weights of {first.name} and {other.name} are tied, and their new forms cannot be")
 
 

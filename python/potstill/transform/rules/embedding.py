@@ -25,7 +25,7 @@ class EmbeddingToInt8(Rule[RowCalls]):
     target = Int8Embedding
     config = Int8
     action = "int8"
-    can_share = True
+    shared = ("weight", "scale")
 
     def why_not(self, site: Site) -> str:
         """See :class:`Rule`."""
@@ -61,10 +61,6 @@ class EmbeddingToInt8(Rule[RowCalls]):
     def shape(self, module: nn.Embedding) -> tuple[int, ...]:
         """(num_embeddings, embedding_dim)."""
         return module.num_embeddings, module.embedding_dim
-
-    def share(self, first: Int8Embedding, other: Int8Embedding) -> None:
-        """See :class:`Rule`."""
-        other.weight, other.scale = first.weight, first.scale
 
     def alike(self, module: nn.Embedding) -> Hashable:
         """Sizes and dtype."""

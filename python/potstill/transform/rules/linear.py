@@ -29,7 +29,6 @@ class LinearRule(Rule[RowCalls]):
     """``nn.Linear`` becomes a layer over ``op``."""
 
     source = nn.Linear
-    can_share = True
     op: ClassVar[Op]
 
     @abstractmethod
@@ -88,6 +87,7 @@ class LinearToInt8(LinearRule):
     target = Int8Linear
     config = Int8
     action = "int8"
+    shared = ("weight", "scale", "factor")
     op = int8_linear
 
     def too_long(self, features: int) -> str:
@@ -105,10 +105,6 @@ class LinearToInt8(LinearRule):
         layer = Int8Linear.from_integers(rounding.integers, rounding.scale, module.bias, factor=rounding.factor)
         return layer.train(module.training)
 
-    def share(self, first: Int8Linear, other: Int8Linear) -> None:
-        """See :class:`Rule`."""
-        other.weight, other.scale, other.factor = first.weight, first.scale, first.factor
-
 
 class LinearToInt4(LinearRule):
     """:class:`nn.Int4Linear`."""
@@ -116,6 +112,7 @@ class LinearToInt4(LinearRule):
     target = Int4Linear
     config = Int4
     action = "int4"
+    shared = ("weight", "scale", "zero")
     op = int4_linear
 
     def too_long(self, features: int) -> str:
@@ -139,7 +136,3 @@ class LinearToInt4(LinearRule):
         if module.bias is not None:
             new.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
         return new.train(module.training)
-
-    def share(self, first: Int4Linear, other: Int4Linear) -> None:
-        """See :class:`Rule`."""
-        other.weight, other.scale, other.zero = first.weight, first.scale, first.zero

@@ -25,7 +25,8 @@ class Rule(ABC, Generic[C]):
 
     - ``source``: the type that is replaced, ``target``: the type that it becomes.
     - ``config``: the type of the config that asks for it, ``action``: what reports call the result.
-    - ``can_share``: modules with one weight can become modules with one weight; otherwise such are left alone.
+    - ``shared``: the tensors of ``target`` that modules with one weight have in common; if there are none, modules with
+      one weight are left alone.
 
     The object has no state: what is seen of a module is kept in the ``calls`` that :meth:`watch` makes.
     """
@@ -34,7 +35,7 @@ class Rule(ABC, Generic[C]):
     target: ClassVar[type[nn.Module]]
     config: ClassVar[type[Config]]
     action: ClassVar[str]
-    can_share: ClassVar[bool] = False
+    shared: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def why_not(self, site: Site) -> str:
@@ -80,8 +81,9 @@ class Rule(ABC, Generic[C]):
         return ("weight",)
 
     def share(self, first: Any, other: Any) -> None:
-        """Makes ``other`` use the weight of ``first``, as their modules did; called only if ``can_share``."""
-        raise NotImplementedError
+        """Makes ``other`` use the weight of ``first``, as their modules did."""
+        for name in self.shared:
+            setattr(other, name, getattr(first, name))
 
     def alike(self, module: Any) -> Hashable:
         """Equal for modules that take the same time for the same call; by default no two of them."""
