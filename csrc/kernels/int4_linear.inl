@@ -13,8 +13,6 @@
 
 namespace {
 
-// A single row needs more panels at a time, for enough independent sums (cold weights: 1.15 times the speed of one).
-constexpr int kPanelsOfOneRow = kVectorsPerPanel < 4 ? 4 / kVectorsPerPanel : 1;
 constexpr int kOctets = kInt4Block / 8;  // vectors of nibbles in a block, per output
 
 inline int64_t block_quads(int64_t k) { return packed_blocks(k) * kInt4Block / 4; }
@@ -59,17 +57,18 @@ inline void dot_quads(NibbleSum (&acc)[R][V], const int8_t* q, const GetWeights&
 }
 
 // Adds the products of a block of inputs; `q` points to its quads of R rows, `w` to its weights in the first panel.
-template <int R, int V>
-inline void dot_block(NibbleSum (&acc)[R][V], const int8_t* q, const uint8_t* w, int64_t w_stride) {
+// With two chains of sums the high nibbles have their own.
+template <int C, int R, int V>
+inline void dot_block(NibbleSum (&acc)[C][R][V], const int8_t* q, const uint8_t* w, int64_t w_stride) {
 #pragma GCC unroll 64
   for (int o = 0; o < kOctets; ++o) {
-    dot_quads(acc, q + 2 * o * R * 4,
+    dot_quads(acc[0], q + 2 * o * R * 4,
               [&](int v) { return low_nibbles(w + o * 4 * kPanel + vector_at(v, w_stride, 4)); });
-    dot_quads(acc, q + (2 * o + 1) * R * 4,
+    dot_quads(acc[C - 1], q + (2 * o + 1) * R * 4,
               [&](int v) { return high_nibbles(w + o * 4 * kPanel + vector_at(v, w_stride, 4)); });
   }
 #pragma GCC unroll 64
-  for (int i = 0; i < R * V; ++i) fold(acc[i / V][i % V]);
+  for (int i = 0; i < C * R * V; ++i) fold(acc[i / (R * V)][i / V % R][i % V]);
 }
 
 // y[r][v]: the outer sum of a tile of R rows and P panels.
@@ -82,15 +81,19 @@ inline void scaled_sums(const Int4Linear& a, const int8_t* q, int64_t panel, Ahe
   const bf16* scales = a.scale + panel * s_stride;
   const uint8_t* zeros = kZeros ? a.zero + panel * s_stride : nullptr;
   auto row_sums = reinterpret_cast<const int32_t*>(q + block_quads(a.k) * R * 4);
+  constexpr int kInt4Chains = R * V < 4 ? 2 : 1;  // few sums would wait for each other
 #pragma GCC unroll 64
   for (int i = 0; i < R * V; ++i) y[i / V][i % V] = set1(0.0f);
   for (int64_t left = blocks; left > 0; left -= blocks_of_group) {
-    NibbleSum acc[R][V];
+    NibbleSum acc[kInt4Chains][R][V];
 #pragma GCC unroll 64
     for (int v = 0; v < V; ++v) {
       I zero = kZeros ? load_bytes(zeros + vector_at(v, s_stride, 1)) : iset1(8);
 #pragma GCC unroll 64
-      for (int r = 0; r < R; ++r) acc[r][v] = nibble_start(mul16(zero, row_sums[r]));
+      for (int r = 0; r < R; ++r) {
+        acc[kInt4Chains - 1][r][v] = nibble_start(izero());
+        acc[0][r][v] = nibble_start(mul16(zero, row_sums[r]));
+      }
     }
     for (int64_t b = smaller(left, blocks_of_group); b > 0; --b) {
 #pragma GCC unroll 64
@@ -104,7 +107,11 @@ inline void scaled_sums(const Int4Linear& a, const int8_t* q, int64_t panel, Ahe
     for (int v = 0; v < V; ++v) {
       F scale = load(scales + vector_at(v, s_stride, 1));
 #pragma GCC unroll 64
-      for (int r = 0; r < R; ++r) y[r][v] = add(y[r][v], mul(to_float(total(acc[r][v])), scale));
+      for (int r = 0; r < R; ++r) {
+        I sum = total(acc[0][r][v]);
+        if (kInt4Chains > 1) sum = iadd(sum, total(acc[kInt4Chains - 1][r][v]));
+        y[r][v] = add(y[r][v], mul(to_float(sum), scale));
+      }
     }
     row_sums += R;
     scales += kPanel;
@@ -162,7 +169,7 @@ void int4_linear_of(const Int4Linear& a) {
     int64_t panels = packed_panels(a.n), panel_bytes = packed_blocks(a.k) * kInt4BlockBytes;
     bool threads = rows * a.n * a.k >= kMinMacsForThreads;
     if (rows == 1) {
-      for_tiles<1, kPanelsOfOneRow>(rows, panels, panel_bytes, threads, tile);
+      for_tiles<1, 1>(rows, panels, panel_bytes, threads, tile);
     } else {
       for_tiles<kNibbleRows, kNibblePanels>(rows, panels, panel_bytes, threads, tile);
     }

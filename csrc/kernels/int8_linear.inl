@@ -69,6 +69,42 @@ inline void sums(const int8_t* q, const RowScale* rows, const int8_t* w, int64_t
   }
 }
 
+// One row reads its weights as one stream, a panel at a time: several streams of cold memory are slower (768 inputs and
+// 8192 outputs: 1.35 times the time). Groups are added up in turn by several chains of sums, so that none waits for the
+// one before.
+constexpr int kRowChains = kVectorsPerPanel < 4 ? 4 / kVectorsPerPanel : 1;
+
+inline void row_sums(const int8_t* q, const RowScale& row, const int8_t* w, int64_t groups, Ahead fetch,
+                     I (&acc)[kVectorsPerPanel]) {
+  I chains[kRowChains][kVectorsPerPanel];
+#pragma GCC unroll 64
+  for (int i = 0; i < kRowChains * kVectorsPerPanel; ++i) {
+    int c = i / kVectorsPerPanel, v = i % kVectorsPerPanel;
+    I columns = iload(reinterpret_cast<const int32_t*>(w + groups * 4 * kPanel) + v * kLanes);
+    chains[c][v] = c == 0 ? start(columns, row.sum) : izero();
+  }
+  auto add_group = [&](int64_t g, I(&chain)[kVectorsPerPanel]) {
+    const int8_t* at = w + g * 4 * kPanel;
+    Weights wv[kVectorsPerPanel];
+#pragma GCC unroll 64
+    for (int v = 0; v < kVectorsPerPanel; ++v) wv[v] = weights(at + v * kLanes * 4);
+    __builtin_prefetch(at + fetch.start);
+    dot(chain, wv, q + g * kQuadBytes);
+  };
+  int64_t g = 0;
+  for (; g + kRowChains <= groups; g += kRowChains) {
+#pragma GCC unroll 64
+    for (int c = 0; c < kRowChains; ++c) add_group(g + c, chains[c]);
+  }
+  for (; g < groups; ++g) add_group(g, chains[0]);
+#pragma GCC unroll 64
+  for (int v = 0; v < kVectorsPerPanel; ++v) {
+    acc[v] = chains[0][v];
+#pragma GCC unroll 64
+    for (int c = 1; c < kRowChains; ++c) acc[v] = iadd(acc[v], chains[c][v]);
+  }
+}
+
 struct Pass {  // one pass over at most kRowsPerPass rows
   const Int8Linear& a;
   const int8_t* q;  // quantised rows
@@ -126,8 +162,12 @@ void tile(const Pass& s, int64_t row, int64_t panel, Ahead fetch) {
   const Int8Linear& a = s.a;
   I acc[R][kVectors];
   fetch_output<T>(s, row, R, panel * kPanel, P * kPanel);
-  sums<R, P>(s.q + row * row_bytes(a.k), s.scales + row, a.weight + panel * panel_bytes(a.k), panel_bytes(a.k),
-             packed_groups(a.k), fetch, acc);
+  const int8_t *q = s.q + row * row_bytes(a.k), *w = a.weight + panel * panel_bytes(a.k);
+  if constexpr (R == 1 && P == 1) {
+    row_sums(q, s.scales[row], w, packed_groups(a.k), fetch, acc[0]);
+  } else {
+    sums<R, P>(q, s.scales + row, w, panel_bytes(a.k), packed_groups(a.k), fetch, acc);
+  }
   I waiting[kVectors * R];  // for one epilogue of all tile sizes: 2 % of the tile's time at 768 inputs
 #pragma GCC unroll 64
   for (int v = 0; v < kVectors; ++v) {
@@ -151,9 +191,14 @@ void int8_linear_of(const Int8Linear& a) {
                      q + row * row_bytes(a.k), scales + row);
     });
     Pass pass{a, q, scales, first};
-    for_tiles<kRows, kPanelsPerTile>(
-        rows, packed_panels(a.n), panel_bytes(a.k), rows * a.n * a.k >= kMinMacsForThreads,
-        [&]<int R, int P>(int64_t row, int64_t panel, Ahead fetch) { tile<T, R, P>(pass, row, panel, fetch); });
+    auto make = [&]<int R, int P>(int64_t row, int64_t panel, Ahead fetch) { tile<T, R, P>(pass, row, panel, fetch); };
+    int64_t panels = packed_panels(a.n), bytes = panel_bytes(a.k);
+    bool threads = rows * a.n * a.k >= kMinMacsForThreads;
+    if (rows == 1) {
+      for_tiles<1, 1>(rows, panels, bytes, threads, make);
+    } else {
+      for_tiles<kRows, kPanelsPerTile>(rows, panels, bytes, threads, make);
+    }
   }
 }
 

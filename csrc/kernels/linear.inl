@@ -75,10 +75,11 @@ struct Ahead {
 
 // A strip of `panels` panels is used by `blocks` tiles in turn. Each fetches its share of the next strip, so that the
 // strip's bytes are spread over all the time that the multiplications take (cold weights, 8 rows: 1.2 times the speed).
-// A strip that is used once is fetched just ahead, past the page where the hardware prefetcher stops.
+// A strip that is used once is fetched just ahead, past the page where the hardware prefetcher stops: a single panel,
+// which is one stream, a page ahead, several panels less, or their streams would crowd each other out.
 inline Ahead ahead(int64_t block, int64_t blocks, int64_t panels, int64_t bytes_per_panel) {
   constexpr int64_t kLine = 64;
-  if (blocks == 1) return {2048, kLine};
+  if (blocks == 1) return {panels == 1 ? 4096 : 1024, kLine};
   return {panels * bytes_per_panel + block * bytes_per_panel / blocks, kLine / blocks};
 }
 

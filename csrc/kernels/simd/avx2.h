@@ -89,6 +89,7 @@ inline float top(F a) {
 }
 
 inline I izero() { return {_mm256_setzero_si256()}; }
+inline I iadd(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
 inline I iload(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline I magnitude_max(I acc, F a) {
   __m256i bits = _mm256_and_si256(_mm256_castps_si256(a.v), _mm256_set1_epi32(0x7fffffff));

@@ -74,6 +74,7 @@ inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float top(F a) { return _mm512_reduce_max_ps(a.v); }
 
 inline I izero() { return {_mm512_setzero_si512()}; }
+inline I iadd(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I iload(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline I magnitude_max(I acc, F a) {
   __m512i bits = _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(0x7fffffff));

@@ -89,6 +89,7 @@ inline float sum(F a) { return vaddvq_f32(a.v); }
 inline float top(F a) { return vmaxvq_f32(a.v); }
 
 inline I izero() { return {vdupq_n_s32(0)}; }
+inline I iadd(I a, I b) { return {vaddq_s32(a.v, b.v)}; }
 inline I iload(const int32_t* p) { return {vld1q_s32(p)}; }
 inline I magnitude_max(I acc, F a) {
   int32x4_t bits = vandq_s32(vreinterpretq_s32_f32(a.v), vdupq_n_s32(0x7fffffff));

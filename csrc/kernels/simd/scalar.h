@@ -97,6 +97,7 @@ inline float sum(F a) { return a.v; }
 inline float top(F a) { return a.v; }
 
 inline I izero() { return {0}; }
+inline I iadd(I a, I b) { return {a.v + b.v}; }
 inline I iload(const int32_t* p) { return {*p}; }
 inline I magnitude_max(I acc, F a) {
   int32_t bits;
