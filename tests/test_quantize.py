@@ -101,11 +101,22 @@ class Tied(nn.Module):
         return self.head(F.relu(self.body(self.embed(tokens))))
 
 
-def test_weight_tied_to_an_embedding_is_left() -> None:
+def test_weight_tied_to_an_embedding_becomes_two_copies() -> None:
     model = Tied()
+    tokens = torch.arange(50)
+    expected, before = model(tokens), model.embed.weight.clone()
     report = convert(model)
-    assert row(report, "head").reason == "weights of embed and head are tied, and their new forms cannot be"
-    assert row(report, "body").action == "int8"
+    assert [row(report, name).action for name in ("embed", "head", "body")] == ["int8"] * 3
+    assert all("its weight was tied" in row(report, name).reason for name in ("embed", "head"))
+    assert snr(before, model.embed(tokens)) > 35
+    assert snr(expected, model(tokens)) > 25
+    assert report.bytes_after < 0.6 * report.bytes_before
+
+
+def test_weight_tied_to_an_embedding_that_is_kept_is_left() -> None:
+    model = Tied()
+    report = convert(model, exclude="embed")
+    assert row(report, "head").reason == "weight is tied to embed.weight, which is kept"
     assert model.head.weight is model.embed.weight
 
 

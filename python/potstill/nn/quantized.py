@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from potstill.nn.float_linear import as_linear
+
 
 class QuantizedLinear(nn.Module, ABC):
     """A frozen linear layer with integer weights, and scales that keep their dtype."""
@@ -29,11 +31,12 @@ class QuantizedLinear(nn.Module, ABC):
 
     @staticmethod
     def float_config(module: nn.Module) -> dict[str, Any] | None:
-        """What an ``nn.Linear`` says of the :meth:`config` of its quantised form; None for any other module."""
-        if type(module) is not nn.Linear:
+        """What a float linear layer says of the :meth:`config` of its quantised form; None for any other module."""
+        linear = as_linear(module)
+        if linear is None:
             return None
-        bias = module.bias is not None
-        return {"in_features": module.in_features, "out_features": module.out_features, "bias": bias}
+        bias = linear.bias is not None
+        return {"in_features": linear.in_features, "out_features": linear.out_features, "bias": bias}
 
     @classmethod
     @abstractmethod

@@ -9,14 +9,16 @@ from torch import nn
 from potstill.transform.configs import Config
 from potstill.transform.rounding import recall
 from potstill.transform.rules import rule_for
-from potstill.transform.survey import Layer
+from potstill.transform.survey import Layer, of_one_kind
 
 
 def build(groups: Iterable[list[Layer]]) -> None:
-    """Gives each layer that is not kept its new form; layers with one weight or bias get one new weight or bias."""
+    """Gives each layer that is not kept its new form; layers of one kind with one weight or
+    bias get one new weight or bias."""
     biases: dict[int, nn.Parameter] = {}
     for group in groups:
-        for layer in group:
+        kinds = of_one_kind(group)
+        for layer, first in ((layer, kind[0]) for kind in kinds for layer in kind):
             if layer.kept or layer.rule is None or layer.config is None:
                 continue
             rounding, layer.note = recall(layer.site.module, layer.config)
@@ -25,8 +27,10 @@ def build(groups: Iterable[list[Layer]]) -> None:
             old_bias, new_bias = (getattr(module, "bias", None) for module in (layer.site.module, new))
             if isinstance(new_bias, nn.Parameter):
                 new.bias = biases.setdefault(id(old_bias), new_bias)
-            if layer is not group[0]:
-                layer.rule.share(group[0].new, new)
+            if layer is not first:
+                layer.rule.share(first.new, new)
+            elif len(kinds) > 1:
+                layer.note = layer.note or "its weight was tied, and is a copy of its own now"
 
 
 def _round_parts(layer: Layer, new: nn.Module, config: Config) -> str:

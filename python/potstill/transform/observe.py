@@ -57,7 +57,7 @@ class Calls(ABC):
 
 @dataclass(eq=False)
 class RowCalls(Calls):
-    """The calls of a layer whose only input, ``input``, is many rows, and the first :data:`KEPT_ROWS` of these.
+    """The calls of a layer whose only input is many rows, and the first :data:`KEPT_ROWS` of these.
 
     A row has ``row_dims`` dimensions: 1 where it is a vector of features, 0 where it is one index.
     """
@@ -67,7 +67,7 @@ class RowCalls(Calls):
 
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Counts one call; the rows of a nested tensor are not counted."""
-        x: Tensor = args[0] if args else kwargs["input"]
+        x: Tensor = next(iter((*args, *kwargs.values())))
         if x.is_nested:
             self.nested = True
             return

@@ -40,8 +40,9 @@ def quantize_(
       in eval mode and without gradients, to see how each layer is called and to measure its error on real inputs.
 
     Weights are rounded to nearest, or as :func:`calibrate_` found best for the same config. A layer that other code
-    reads without calling it (attention's projections, weights tied to an embedding), that has hooks, parametrisations
-    or a behaviour of its own, or whose dtype or device has no kernel, is kept, with the reason in its row. Torch's
+    reads without calling it (attention's projections), whose weight is tied to one that is kept, that has hooks,
+    parametrisations or a behaviour of its own, or whose dtype or device has no kernel, is kept, with the reason in its
+    row. Tied weights stay tied if their new forms are of one kind; an embedding and a head get a copy each. Torch's
     fused path of ``nn.TransformerEncoder`` and its layers is switched off where a layer inside is converted; if the
     sample shows that this costs more than the integers gain, nothing inside is converted. Converted layers are frozen;
     gradients flow through to their inputs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,9 @@ def survey(
     ours = tuple(rule.target for rule in RULES)
     found = [
         site
-        for site in sites(model, tuple(rule.source for rule in RULES) + ours)
-        if not any(isinstance(a, ours) for a in site.ancestors)
+        for site in sites(model, nn.Module)
+        if (isinstance(site.module, ours) or any(rule.replaces(site.module) for rule in RULES))
+        and not any(isinstance(a, ours) for a in site.ancestors)
     ]
     included, excluded = matching(found, include, "include"), matching(found, exclude, "exclude")
     chosen = matching(found, config.layers, "Mixed") if isinstance(config, Mixed) else {}
@@ -118,12 +119,12 @@ def innermost(layers: Sequence[Layer]) -> list[Layer]:
 def tied_groups(model: nn.Module, layers: Sequence[Layer], of: Sequence[Layer]) -> list[list[Layer]]:
     """The layers of ``of`` in groups that share weights; a group that cannot change together is kept, all of it.
 
-    ``layers`` are all layers: one that is kept keeps those that share its weight.
+    ``layers`` are all layers: one that is kept keeps those that share its weight. New forms of one kind share their
+    weight again, others get one of their own each.
     """
     shared = shared_names(model)
-    owner = {
-        name: layer for group in ([x for x in layers if x.kept], of) for layer in group for name in _weights(layer)
-    }
+    others, kept = [x for x in layers if not x.kept], [x for x in layers if x.kept]
+    owner = {name: layer for group in (others, kept, of) for layer in group for name in _weights(layer)}
     groups: dict[Layer, list[Layer]] = {layer: [layer] for layer in of}
     for name, layer in owner.items():
         names = shared.get(name, (name,))
@@ -133,7 +134,7 @@ def tied_groups(model: nn.Module, layers: Sequence[Layer], of: Sequence[Layer]) 
         for other in names:
             if other in owner and owner[other] in groups and layer in groups:
                 _join(groups, layer, owner[other])
-            elif other in owner and layer in groups:
+            elif other in owner and owner[other].kept and layer in groups:
                 layer.kept = layer.kept or f"weight is tied to {other}, which is kept"
     unique = list({id(group): group for group in groups.values()}.values())
     for group in unique:
@@ -158,10 +159,17 @@ def _settle(group: list[Layer]) -> None:
     stays = next((layer for layer in group if layer.kept), None)
     if stays is not None:
         keep(group, f"weight is tied to {stays.site.names[0]}.weight, which is kept")
-    first, *others = group
-    for other in others:
-        if other.rule is not first.rule or other.config != first.config or (first.rule and not first.rule.shared):
-            keep(group, f"weights of {first.name} and {other.name} are tied, and their new forms cannot be")
+    for first, *others in of_one_kind(group):
+        if others and first.rule is not None and not first.rule.shared:
+            keep(group, f"weights of {first.name} and {others[0].name} are tied, and their new forms cannot be")
+
+
+def of_one_kind(group: Iterable[Layer]) -> list[list[Layer]]:
+    """The layers of a group in smaller ones whose new forms can share one weight."""
+    kinds: dict[Hashable, list[Layer]] = {}
+    for layer in group:
+        kinds.setdefault((layer.rule, layer.config, type(layer.site.module)), []).append(layer)
+    return list(kinds.values())
 
 
 def keep(group: Iterable[Layer], why: str) -> None:

@@ -147,7 +147,8 @@ def _round(
     row = replace(row, snr_db=calibrated, damping=damping)
     if factor is None and nearest is not None and calibrated is not None and calibrated <= nearest:
         return replace(row, reason=f"{method} is no better"), None
-    rounding = Rounding(weight.config, method, integers, scale, zero, digest(weight.tensor), factor)
+    parameter = weight.modules[0].get_parameter("weight")
+    rounding = Rounding(weight.config, method, integers, scale, zero, digest(parameter), factor)
     return replace(row, rounding=method), rounding
 
 

@@ -40,6 +40,6 @@ def weights_of(model: nn.Module, config: Config | Mixed) -> list[Weight]:
         first = group[0]
         grid = first.rule.grid(first.config) if first.rule is not None else None
         if not first.kept and grid is not None and first.config is not None:
-            weight = first.site.module.get_parameter("weight").detach()
-            found.append(Weight(tuple(group), weight, first.config, grid))
+            matrix = first.rule.matrix(first.site.module)  # type: ignore[union-attr]
+            found.append(Weight(tuple(group), matrix, first.config, grid))
     return found

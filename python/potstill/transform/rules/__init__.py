@@ -24,5 +24,5 @@ RULES: tuple[Rule[Any], ...] = (
 
 def rule_for(module: nn.Module, config: Config) -> Rule[Any] | None:
     """The rule by which ``module`` becomes what ``config`` asks for; None if there is none."""
-    found = (rule for rule in RULES if isinstance(module, rule.source) and isinstance(config, rule.config))
+    found = (rule for rule in RULES if rule.replaces(module) and isinstance(config, rule.config))
     return next(found, None)

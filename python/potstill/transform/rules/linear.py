@@ -7,9 +7,10 @@ from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from potstill.nn import Int4Linear, Int8Linear
+from potstill.nn.float_linear import as_linear, is_conv1d
 from potstill.ops import int4_linear, int8_linear
 from potstill.ops.int8_linear import MAX_FEATURES
 from potstill.ops.op import Op
@@ -26,7 +27,7 @@ USUAL_ROWS = (1, 32, 128)
 
 
 class LinearRule(Rule[RowCalls]):
-    """``nn.Linear`` becomes a layer over ``op``."""
+    """``nn.Linear``, or what computes the same, becomes a layer over ``op``."""
 
     source = nn.Linear
     op: ClassVar[Op]
@@ -35,16 +36,21 @@ class LinearRule(Rule[RowCalls]):
     def too_long(self, features: int) -> str:
         """Why ``op`` does not take so many features; empty if it does."""
 
+    def replaces(self, module: nn.Module) -> bool:
+        """See :class:`Rule`."""
+        return isinstance(module, nn.Linear) or is_conv1d(module)
+
     def why_not(self, site: Site) -> str:
         """See :class:`Rule`."""
         module = site.module
         if any(isinstance(a, nn.MultiheadAttention) and a.out_proj is module for a in site.ancestors):
             return "read by nn.MultiheadAttention, which never calls it"
-        why = why_not_plain(module, nn.Linear, ("weight", "bias"))
-        if why:
-            return why
-        weight = module.get_parameter("weight")
-        return self.too_long(weight.shape[1]) or why_not_weight(weight, self.op)
+        source = type(module) if is_conv1d(module) else nn.Linear
+        return (
+            why_not_plain(module, source, ("weight", "bias"))
+            or self.too_long(self.shape(module)[1])
+            or why_not_weight(module.get_parameter("weight"), self.op)
+        )
 
     def why_not_call(self, call: Call) -> str:
         """See :class:`Rule`."""
@@ -60,25 +66,33 @@ class LinearRule(Rule[RowCalls]):
         dtype = module.get_parameter("weight").dtype
         return {Call(rows, dtype, autocast_dtype()): 1 for rows in USUAL_ROWS}
 
-    def arguments(self, module: nn.Linear, call: Call, calls: RowCalls | None) -> Arguments:
+    def arguments(self, module: nn.Module, call: Call, calls: RowCalls | None) -> Arguments:
         """Random rows."""
-        x = torch.randn(call.rows, module.in_features, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(call.rows, self.shape(module)[1], generator=torch.Generator().manual_seed(0))
         return (x.to(call.dtype),), {}
 
-    def example(self, module: nn.Linear, calls: RowCalls) -> Arguments:
+    def example(self, module: nn.Module, calls: RowCalls) -> Arguments:
         """See :class:`Rule`."""
         rows = calls.inputs
         if not rows:
-            rows = [torch.randn(KEPT_ROWS, module.in_features, generator=torch.Generator().manual_seed(0))]
-        return (torch.cat([part.to(module.weight.dtype) for part in rows]),), {}
+            rows = [torch.randn(KEPT_ROWS, self.shape(module)[1], generator=torch.Generator().manual_seed(0))]
+        dtype = module.get_parameter("weight").dtype
+        return (torch.cat([part.to(dtype) for part in rows]),), {}
 
     def shape(self, module: Any) -> tuple[int, ...]:
         """See :class:`Rule`."""
-        return int(module.out_features), int(module.in_features)
+        sizes = (module.nf, module.nx) if is_conv1d(module) else (module.out_features, module.in_features)
+        return int(sizes[0]), int(sizes[1])
 
-    def alike(self, module: nn.Linear) -> Hashable:
-        """Sizes, dtype and whether there is a bias."""
-        return module.weight.shape, module.weight.dtype, module.bias is None
+    def matrix(self, module: nn.Module) -> Tensor:
+        """See :class:`Rule`."""
+        weight = super().matrix(module)
+        return weight.t() if is_conv1d(module) else weight
+
+    def alike(self, module: nn.Module) -> Hashable:
+        """Class, sizes, dtype and whether there is a bias."""
+        weight = module.get_parameter("weight")
+        return type(module), weight.shape, weight.dtype, module.bias is None
 
 
 class LinearToInt8(LinearRule):
@@ -98,11 +112,12 @@ class LinearToInt8(LinearRule):
         """That of :func:`ops.int8_linear.quantize_weight`."""
         return Grid(-127, 127, group=None, symmetric=True)
 
-    def build(self, module: nn.Linear, config: Int8, rounding: Rounding | None) -> Int8Linear:
+    def build(self, module: nn.Module, config: Int8, rounding: Rounding | None) -> Int8Linear:
         """See :class:`Rule`."""
+        linear = _linear(module)
         if rounding is None:
-            return Int8Linear.from_float(module)
-        layer = Int8Linear.from_integers(rounding.integers, rounding.scale, module.bias, factor=rounding.factor)
+            return Int8Linear.from_float(linear)
+        layer = Int8Linear.from_integers(rounding.integers, rounding.scale, linear.bias, factor=rounding.factor)
         return layer.train(module.training)
 
 
@@ -124,15 +139,22 @@ class LinearToInt4(LinearRule):
         low, high = (-8, 7) if config.symmetric else (0, 15)
         return Grid(low, high, config.group_size, config.symmetric, torch.bfloat16)
 
-    def build(self, module: nn.Linear, config: Int4, rounding: Rounding | None) -> Int4Linear:
+    def build(self, module: nn.Module, config: Int4, rounding: Rounding | None) -> Int4Linear:
         """See :class:`Rule`."""
+        linear = _linear(module)
         if rounding is None:
-            return Int4Linear.from_float(module, config.group_size, config.symmetric)
-        with torch.device(module.weight.device):
-            new = Int4Linear(module.in_features, module.out_features, False, config.group_size, config.symmetric)
+            return Int4Linear.from_float(linear, config.group_size, config.symmetric)
+        with torch.device(linear.weight.device):
+            new = Int4Linear(linear.in_features, linear.out_features, False, config.group_size, config.symmetric)
         integers = rounding.integers + 8 if config.symmetric else rounding.integers
         zero = None if rounding.zero is None else rounding.zero.to(torch.uint8)
         new.set_weight(integers.to(torch.uint8), rounding.scale.to(torch.bfloat16), zero)
-        if module.bias is not None:
-            new.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+        if linear.bias is not None:
+            new.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return new.train(module.training)
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    linear = as_linear(module)
+    assert linear is not None  # why_not() let it pass
+    return linear

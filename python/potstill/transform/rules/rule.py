@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from potstill.transform.configs import Config
 from potstill.transform.grid import Grid
@@ -36,6 +36,10 @@ class Rule(ABC, Generic[C]):
     config: ClassVar[type[Config]]
     action: ClassVar[str]
     shared: ClassVar[tuple[str, ...]] = ()
+
+    def replaces(self, module: nn.Module) -> bool:
+        """Whether it is for modules of this class."""
+        return isinstance(module, self.source)
 
     @abstractmethod
     def why_not(self, site: Site) -> str:
@@ -75,6 +79,10 @@ class Rule(ABC, Generic[C]):
     def grid(self, config: Any) -> Grid | None:
         """What its weight is rounded to, if :func:`calibrate_` can do that; then ``build`` is given the result."""
         return None
+
+    def matrix(self, module: nn.Module) -> Tensor:
+        """The weight that is rounded on the grid, [outputs, inputs]."""
+        return module.get_parameter("weight").detach()
 
     def weights(self, module: nn.Module) -> tuple[str, ...]:
         """The names of the parameters that are quantised; what is tied to them matters."""
