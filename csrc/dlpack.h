@@ -7,7 +7,7 @@ namespace dlpack {
 
 constexpr uint32_t kMajorVersion = 1;
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6;
 
 struct Version {
   uint32_t major, minor;

@@ -198,6 +198,51 @@ void int8_embedding(py::handle weight, py::handle scale, py::handle indices, py:
   kernels().int8_embedding(a);
 }
 
+Strides strides_of(const TensorView& t) {
+  if (t.size(3) > 1 && t.stride(3) != 1) t.fail("has a strided last dimension", "call .contiguous() on it");
+  return {t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// query, key, value and y are [batch, heads, length, features] with any strides but the last; mask is None, or float32
+// or bool of the scores' shape, any of whose strides but the last may be 0.
+void attention(py::handle query, py::handle key, py::handle value, py::handle mask, double scale, bool causal,
+               py::handle y) {
+  constexpr const char* kOp = "attention";
+  TensorView qv(query, kOp, "query"), kv(key, kOp, "key"), vv(value, kOp, "value"), yv(y, kOp, "y");
+  for (const TensorView* t : {&qv, &kv, &vv}) {
+    if (t->rank() != 4) t->fail("has rank " + std::to_string(t->rank()), "expected [batch, heads, length, features]");
+  }
+  Attention a{};
+  a.batch = qv.size(0), a.heads = qv.size(1), a.queries = qv.size(2), a.d = qv.size(3);
+  a.kv_heads = kv.size(1), a.keys = kv.size(2), a.dv = vv.size(3);
+  if (a.kv_heads == 0 ? a.heads != 0 : a.heads % a.kv_heads != 0) {
+    kv.fail("has " + std::to_string(a.kv_heads) + " heads",
+            "expected a divisor of the query's " + std::to_string(a.heads));
+  }
+  kv.shape({a.batch, a.kv_heads, a.keys, a.d});
+  vv.shape({a.batch, a.kv_heads, a.keys, a.dv});
+  yv.shape({a.batch, a.heads, a.queries, a.dv});
+  a.q = qv.floats(), a.k = kv.floats(), a.v = vv.floats(), a.y = yv.floats();
+  for (const TensorView* t : {&kv, &vv, &yv}) {
+    if (t->floats().type != a.q.type) t->fail("has another dtype", "expected that of query");
+  }
+  a.q_strides = strides_of(qv), a.k_strides = strides_of(kv), a.v_strides = strides_of(vv);
+  a.y_strides = strides_of(yv);
+  if (!mask.is_none()) {
+    TensorView mv(mask, kOp, "mask");
+    mv.shape({a.batch, a.heads, a.queries, a.keys});
+    a.mask_strides = strides_of(mv);
+    if (mv.is_bool()) a.allowed = mv.boolean();
+    if (!mv.is_bool()) a.mask = mv.f32();
+  }
+  a.scale = static_cast<float>(scale);
+  a.causal = causal;
+  py::gil_scoped_release nogil;
+  const Kernels& table = kernels();
+  a.scratch = scratch(table.attention_scratch(a));
+  table.attention(a);
+}
+
 // Each of `threads` workers runs `f`; returns the operations of all.
 template <class F>
 double on_threads(int64_t threads, const F& f) {
@@ -240,6 +285,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("kd_loss", &kd_loss);
   m.def("add_layer_norm", &add_layer_norm);
   m.def("int8_embedding", &int8_embedding);
+  m.def("attention", &attention);
   m.def("peak_int8", &peak_int8, py::arg("iterations"), py::arg("threads"));
   m.def("peak_f32", &peak_f32, py::arg("iterations"), py::arg("threads"));
   m.def("read_memory", &read_memory, py::arg("data"), py::arg("repeats"), py::arg("threads"));

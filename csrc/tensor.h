@@ -116,6 +116,9 @@ class TensorView {
   bf16* b16() const { return static_cast<bf16*>(typed(dlpack::kBfloat, 16, "expected bfloat16")); }
   int64_t* i64() const { return static_cast<int64_t*>(typed(dlpack::kInt, 64, "expected int64")); }
 
+  bool is_bool() const { return is(dlpack::kBool, 8); }
+  uint8_t* boolean() const { return static_cast<uint8_t*>(typed(dlpack::kBool, 8, "expected bool")); }
+
   [[noreturn]] void fail(const std::string& given, const std::string& expected) const {
     throw py::value_error(name() + " " + given + "; " + expected);
   }

@@ -21,6 +21,7 @@
 #include "kd_loss.inl"
 #include "add_layer_norm.inl"
 #include "int8_embedding.inl"
+#include "attention.inl"
 #include "peak.inl"
 
 extern const Kernels POTSTILL_SYMBOL(POTSTILL_ISA);
@@ -35,6 +36,8 @@ const Kernels POTSTILL_SYMBOL(POTSTILL_ISA) = {
     add_layer_norm,
     add_layer_norm_scratch,
     int8_embedding,
+    attention,
+    attention_scratch,
     peak_int8,
     peak_f32,
     read_memory,

@@ -80,6 +80,22 @@ struct Int8Embedding {
   int64_t rows, n;
 };
 
+struct Strides {
+  int64_t batch, head, row;  // in elements; the last dimension is contiguous
+};
+
+struct Attention {
+  FloatPtr q, k, v, y;  // [batch, heads, queries, d], [batch, kv_heads, keys, d], .. dv], [batch, heads, queries, dv]
+  Strides q_strides, k_strides, v_strides, y_strides;
+  const float* mask;       // [batch, heads, queries, keys], added to the scores, or null
+  const uint8_t* allowed;  // likewise: 0 where a query does not see a key, or null
+  Strides mask_strides;    // 0 where it is broadcast
+  int64_t batch, heads, kv_heads, queries, keys, d, dv;
+  float scale;
+  bool causal;    // query i sees the keys up to the i-th
+  void* scratch;  // attention_scratch(*this) bytes
+};
+
 struct Kernels {
   const char* name;
   void (*int8_linear)(const Int8Linear&);
@@ -91,6 +107,8 @@ struct Kernels {
   void (*add_layer_norm)(const AddLayerNorm&);
   size_t (*add_layer_norm_scratch)(int64_t n);
   void (*int8_embedding)(const Int8Embedding&);
+  void (*attention)(const Attention&);
+  size_t (*attention_scratch)(const Attention&);
   // What the benches call the ceiling, register to register. Both return the operations done.
   double (*peak_int8)(int64_t iterations);
   double (*peak_f32)(int64_t iterations);

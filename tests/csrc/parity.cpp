@@ -331,6 +331,72 @@ void kd_loss_cases() {
   }
 }
 
+// ---- attention: sums in another order ----
+
+struct AttentionCase {
+  int64_t batch, heads, kv_heads, queries, keys, d, dv;
+  Type type;
+  int mask;  // 0: none, 1: floats, 2: bool
+  bool causal, special;
+};
+void attention(const AttentionCase& c) {
+  begin("%s attention [%d %d/%d %d x %d] d=%d dv=%d %s mask=%d causal=%d special=%d", tested.name,
+        static_cast<int>(c.batch), static_cast<int>(c.heads), static_cast<int>(c.kv_heads), static_cast<int>(c.queries),
+        static_cast<int>(c.keys), static_cast<int>(c.d), static_cast<int>(c.dv), name(c.type), c.mask, c.causal,
+        c.special);
+  auto count = [&](int64_t heads, int64_t length, int64_t width) {
+    return static_cast<size_t>(c.batch * heads * length * width);
+  };
+  Floats q(count(c.heads, c.queries, c.d), c.type), k(count(c.kv_heads, c.keys, c.d), c.type),
+      v(count(c.kv_heads, c.keys, c.dv), c.type);
+  for (Floats* x : {&q, &k, &v}) {
+    for (size_t i = 0; i < x->size; ++i) x->set(i, normal());
+  }
+  if (c.special && q.size > 0) q.set(static_cast<size_t>(integer(0, static_cast<int>(q.size) - 1)), NAN);
+  Floats added(static_cast<size_t>(c.queries * c.keys), Type::f32);
+  Guarded allowed(static_cast<size_t>(c.queries * c.keys), 1, 0);
+  for (size_t i = 0; i < added.size; ++i) {
+    added.set(i, integer(0, 4) == 0 ? -kInf : normal());
+    allowed.as<uint8_t>()[i] = integer(0, 2) != 0;
+  }
+  auto strides = [](int64_t heads, int64_t length, int64_t width) {  // heads side by side
+    return Strides{length * heads * width, width, heads * width};
+  };
+  size_t outputs = count(c.heads, c.queries, c.dv);
+  auto run = [&](const Kernels& table, int filling, const Floats& y) {
+    Attention a{};
+    a.q = q.pointer(), a.k = k.pointer(), a.v = v.pointer(), a.y = y.pointer();
+    a.q_strides = strides(c.heads, c.queries, c.d), a.k_strides = strides(c.kv_heads, c.keys, c.d);
+    a.v_strides = strides(c.kv_heads, c.keys, c.dv), a.y_strides = strides(c.heads, c.queries, c.dv);
+    if (c.mask == 1) a.mask = static_cast<const float*>(added.pointer().data);
+    if (c.mask == 2) a.allowed = allowed.as<uint8_t>();
+    a.mask_strides = {0, 0, c.keys};
+    a.batch = c.batch, a.heads = c.heads, a.kv_heads = c.kv_heads, a.queries = c.queries, a.keys = c.keys;
+    a.d = c.d, a.dv = c.dv, a.scale = 0.3f, a.causal = c.causal;
+    Guarded scratch(table.attention_scratch(a), 64, filling);
+    a.scratch = scratch.as<void>();
+    table.attention(a);
+  };
+  Floats expected(outputs, c.type, 0x5a), got(outputs, c.type, 0xc5);
+  run(kernels_scalar, 0x11, expected);
+  run(tested, 0x77, got);
+  float unit = c.type == Type::f32 ? 1e-5f : 1e-2f;
+  std::string difference;
+  for (size_t i = 0; i < outputs && difference.empty(); ++i) {
+    if (!close(got[i], expected[i], unit * (1.0f + std::fabs(expected[i]))))
+      difference = at(i, c.dv, got[i], expected[i]);
+  }
+  check(difference.empty(), difference);
+}
+void attention_cases() {
+  for (int repeat = 0; repeat < 200; ++repeat) {
+    int64_t kv_heads = integer(1, 2), widths[] = {integer(1, 40), pick<int64_t>({16, 32, 64, 128})};
+    attention({integer(0, 2), kv_heads * integer(1, 3), kv_heads, integer(0, 20), integer(0, 90), widths[integer(0, 1)],
+               widths[integer(0, 1)], pick<Type>({Type::f32, Type::bf16}), static_cast<int>(integer(0, 2)),
+               integer(0, 1) == 1, repeat % 8 == 0});
+  }
+}
+
 // ---- add_layer_norm: sums in another order ----
 
 struct NormCase {
@@ -435,6 +501,7 @@ int main(int count, char** arguments) {
   int4_linear_shapes();
   kd_loss_cases();
   add_layer_norm_cases();
+  attention_cases();
   int8_embedding_cases();
   ceilings();
   if (failures > 0) {

@@ -1,10 +1,11 @@
 """Operations with a pure-torch definition and fast kernels; one file per op, one registry: ``OPS``."""
 
 from potstill.ops.add_layer_norm import add_layer_norm
+from potstill.ops.attention import attention
 from potstill.ops.int4_linear import int4_linear
 from potstill.ops.int8_embedding import int8_embedding
 from potstill.ops.int8_linear import int8_linear
 from potstill.ops.kd_loss import kd_loss
 from potstill.ops.op import OPS, Op
 
-__all__ = ["OPS", "Op", "add_layer_norm", "int4_linear", "int8_embedding", "int8_linear", "kd_loss"]
+__all__ = ["OPS", "Op", "add_layer_norm", "attention", "int4_linear", "int8_embedding", "int8_linear", "kd_loss"]
