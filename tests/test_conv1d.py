@@ -7,26 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from potstill import Int4, Int8, calibrate_, load, quantize_, save
 from potstill.nn import Int4Linear, Int8Linear
 from potstill.transform.configs import Config
-
-
-class Conv1D(nn.Module):
-    """The same names, shapes and results as ``transformers.pytorch_utils.Conv1D``."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.randn(nx, nf) * 0.1)
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x.view(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
-
-
-Conv1D.__module__ = "transformers.pytorch_utils"
 
 
 def _model() -> nn.Module:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.nn.linear import Int8Linear
+from potstill.ops.attention import attention, pays
 from potstill.ops.int8_linear import PANEL, int8_linear
 
 Shapes = list[tuple[tuple[int, ...], tuple[int, ...]]]
@@ -180,6 +181,8 @@ class Int8MultiheadAttention(nn.Module):
         if need_weights:
             y, weights = _attention_with_weights(q, k, v, mask, dropout)
             weights = weights.mean(dim=1) if average_attn_weights else weights
+        elif dropout == 0.0 and pays(q, k):
+            y = attention(q, k, v, mask, None, causal)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
         y = y.transpose(1, 2) if self.batch_first or query.dim() == 2 else y.permute(2, 0, 1, 3)

@@ -85,6 +85,17 @@ def _reference(
     return y.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def pays(query: Tensor, key: Tensor) -> bool:
+    """Whether :data:`attention` has a kernel for them, and no gradient is needed, for which torch's keeps less.
+
+    >>> pays(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)), pays(torch.zeros(1, 1, 2, 4).half(), torch.zeros(1))
+    (True, False)
+    """
+    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    kernel = attention.kernels.get(query.device.type)
+    return not trains and kernel is not None and query.dtype in kernel.dtypes and query.shape[0] == key.shape[0]
+
+
 def _empty(query: Tensor, value: Tensor) -> Tensor:
     # The heads of a query lie side by side, where the next layer wants them.
     batch, heads, queries, _ = query.shape

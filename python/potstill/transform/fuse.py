@@ -16,6 +16,7 @@ from potstill.errors import ConversionError
 from potstill.nn import FusedActivation, Int8Linear, Int8LinearPart
 from potstill.nn.activation import activation_name
 from potstill.nn.shared import link, why_not_shared
+from potstill.transform.attention_interface import NAME, TORCH, attention_models, switch
 from potstill.transform.measure import calling, fastest
 from potstill.transform.observe import Call, Sample, run
 from potstill.transform.swap import Undo, all_of, replace, sites
@@ -31,7 +32,7 @@ class FusionRow:
     """
 
     names: tuple[str, ...]
-    what: Literal["activation", "shared input"]
+    what: Literal["activation", "shared input", "attention"]
     action: Literal["fused", "kept"]
     reason: str
     ms_before: float | None
@@ -91,6 +92,8 @@ def fuse_(model: nn.Module, sample_input: Sample, only_if_faster: bool = True) -
       applies it itself; the module's place is taken by :class:`nn.FusedActivation`.
     - Layers that read the same tensor (attention's query, key and value) are computed by one call; each becomes an
       :class:`nn.Int8LinearPart`, so that the model's own code need not change.
+    - Models of the transformers package that call ``F.scaled_dot_product_attention`` call :data:`ops.attention`, as the
+      attention implementation ``"potstill"`` of their config; ``model.set_attn_implementation("sdpa")`` undoes it.
 
     ``sample_input`` is a tensor, a tuple of positional or a mapping of keyword arguments; the model is run on it, in
     eval mode, to see where tensors go. ``only_if_faster=False`` joins whatever can be joined. Outputs before and after
@@ -120,13 +123,33 @@ def fuse_(model: nn.Module, sample_input: Sample, only_if_faster: bool = True) -
         before = _time(model, sample_input)
         undo = all_of([c.apply() for c in candidates if not c.kept])
         link(model)
+        attention, undo_attention = _attention(model, sample_input, only_if_faster)
     if not _agree(seen.result, run(model, sample_input)):
-        undo()
+        all_of([undo, undo_attention])()
         raise ConversionError(
             "fuse_: the model's outputs for sample_input changed, so that everything was taken back; does the model "
             "keep the output of a layer beside its activation, or is it random in eval mode?"
         )
-    return FusionReport(tuple(map(_row, candidates)), before, _time(model, sample_input))
+    return FusionReport((*map(_row, candidates), *attention), before, _time(model, sample_input))
+
+
+def _attention(model: nn.Module, sample: Sample, only_if_faster: bool) -> tuple[list[FusionRow], Undo]:
+    models = attention_models(model)
+    if not models:
+        return [], all_of([])
+
+    def with_attention(name: str) -> None:
+        switch(models, name)
+        run(model, sample)
+
+    ways = {name: partial(with_attention, name) for name in (TORCH, NAME)}
+    seconds = fastest({"model": ways})["model"] if only_if_faster else {NAME: 0.0, TORCH: 1.0}
+    chosen = min((NAME, TORCH), key=lambda name: seconds[name])
+    switch(models, chosen)
+    names = tuple(name or "the model" for name, module in model.named_modules() if module in models)
+    action: Literal["fused", "kept"] = "fused" if chosen == NAME else "kept"
+    reason = "faster" if chosen == NAME else "torch's is as fast"
+    return [FusionRow(names, "attention", action, reason, None, None)], partial(switch, models, TORCH)
 
 
 def _activations(model: nn.Module, seen: Trace, names: dict[nn.Module, tuple[str, ...]]) -> Iterable[_Candidate]:

@@ -1,0 +1,74 @@
+"""Lets models of the transformers package call the op :data:`ops.attention`, by the interface they have for that."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from potstill.ops.attention import attention, pays
+
+NAME = "potstill"
+"""What the implementation is called in a model's config."""
+
+TORCH = "sdpa"
+"""The one that it takes the place of."""
+
+
+def attention_models(model: nn.Module) -> list[Any]:
+    """The outermost models of transformers in ``model`` that call ``F.scaled_dot_product_attention`` now."""
+    if "transformers" not in sys.modules:
+        return []
+    found: list[Any] = []
+    for module in model.modules():
+        inside = any(module is part for other in found for part in other.modules())
+        config = getattr(module, "config", None)
+        if inside or getattr(config, "_attn_implementation", None) != TORCH:
+            continue
+        if hasattr(module, "set_attn_implementation"):
+            found.append(module)
+    return found
+
+
+def switch(models: list[Any], name: str) -> None:
+    """Makes the models call the implementation of this name."""
+    _register()
+    for model in models:
+        model.set_attn_implementation(name)
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, _forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    if dropout > 0.0 or not pays(query, key) or any(options.get(name) is not None for name in _OTHERWISE):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **options
+        )
+        return found
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(causal) and query.shape[2] > 1 and attention_mask is None
+    y: Tensor = attention(query, key, value, attention_mask, scaling, causal)
+    return y.transpose(1, 2), None
+
+
+_OTHERWISE = ("position_bias", "cache", "softcap", "output_attentions")
+"""Options by which attention computes something else."""
