@@ -11,6 +11,8 @@ from peers import GROUP, INT4, INT8, MODEL, Call, Job, Start, contestant
 from peers.torch_ import calling, compiled
 from potstill.nn import Int4Linear, Int8Linear
 
+_INT8 = potstill.Int8()
+
 
 @contestant("potstill int8", INT8, INT4)
 def int8(job: Job) -> Start:
@@ -32,12 +34,7 @@ def eager(job: Job) -> Start:
 
 @contestant("potstill eager + fuse", MODEL)
 def fused(job: Job) -> Start:
-    def start() -> Call:
-        model = _quantized(job)
-        potstill.fuse_(model, job.inputs)
-        return calling(model, job.inputs)()
-
-    return start
+    return lambda: calling(_fused(job), job.inputs)()
 
 
 @contestant("potstill calibrated + fuse", MODEL)
@@ -55,12 +52,25 @@ def calibrated(job: Job) -> Start:
     return start
 
 
-@contestant("potstill compiled", MODEL)
-def quantized_and_compiled(job: Job) -> Start:
-    return lambda: compiled(_quantized(job), job.inputs)()
+@contestant("potstill int4 + fuse", MODEL)
+def int4_and_fused(job: Job) -> Start:
+    """Embeddings, of which there is no int4 form, in int8."""
+    config = potstill.Mixed({nn.Embedding: potstill.Int8(), "*": potstill.Int4(GROUP)})
+    return lambda: calling(_fused(job, config), job.inputs)()
 
 
-def _quantized(job: Job) -> nn.Module:
+@contestant("potstill + fuse compiled", MODEL)
+def fused_and_compiled(job: Job) -> Start:
+    return lambda: compiled(_fused(job), job.inputs)()
+
+
+def _fused(job: Job, config: potstill.Int8 | potstill.Mixed = _INT8) -> nn.Module:
+    model = _quantized(job, config)
+    potstill.fuse_(model, job.inputs)
+    return model
+
+
+def _quantized(job: Job, config: potstill.Int8 | potstill.Mixed = _INT8) -> nn.Module:
     model = copy.deepcopy(job.module)
-    potstill.quantize_(model, sample_input=job.inputs)
+    potstill.quantize_(model, config, sample_input=job.inputs)
     return model
