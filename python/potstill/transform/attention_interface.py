@@ -17,16 +17,17 @@ TORCH = "sdpa"
 
 
 def attention_models(model: nn.Module) -> list[Any]:
-    """The outermost models of transformers in ``model`` that call ``F.scaled_dot_product_attention`` now."""
-    if "transformers" not in sys.modules:
+    """The outermost models of transformers in ``model`` that call ``F.scaled_dot_product_attention`` in all parts."""
+    if not hasattr(sys.modules.get("transformers"), "AttentionMaskInterface"):  # nobody imported it, or it is old
         return []
     found: list[Any] = []
+    seen: set[nn.Module] = set()
     for module in model.modules():
-        inside = any(module is part for other in found for part in other.modules())
-        config = getattr(module, "config", None)
-        if inside or getattr(config, "_attn_implementation", None) != TORCH:
+        if module in seen or not hasattr(module, "set_attn_implementation"):
             continue
-        if hasattr(module, "set_attn_implementation"):
+        seen.update(module.modules())
+        parts = [part for part in module.modules() if hasattr(part, "set_attn_implementation")]
+        if all(getattr(part.config, "_attn_implementation", None) == TORCH for part in parts):
             found.append(module)
     return found
 
