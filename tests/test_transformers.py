@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from potstill import fuse_, load, quantize_, save
 from potstill.errors import ConversionError
-from potstill.nn import Int8Embedding, Int8Linear
+from potstill.nn import Int8Embedding, Int8Linear, LinearAddNorm
 from potstill.ops import attention
 from potstill.transform.attention_interface import attention_models, switch
 
@@ -112,6 +112,39 @@ def test_generates_with_a_cache_as_without(build: Build) -> None:
     fuse_(model, inputs, only_if_faster=False)
     found = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)  # type: ignore[operator]
     assert torch.equal(found, expected)
+
+
+def test_residuals_are_added_by_the_normalisation() -> None:
+    model, inputs = _built(_bert)
+    quantize_(model, sample_input=inputs, only_if_faster=False)
+    expected, state = _output(model, inputs), model.state_dict()
+    rows = [row for row in fuse_(model, inputs, only_if_faster=False).fused if row.what == "residual"]
+    assert [row.names[0].removeprefix("encoder.layer.") for row in rows] == [
+        "0.attention.output", "0.output", "1.attention.output", "1.output"
+    ]  # fmt: skip
+    assert sum(type(m) is LinearAddNorm for m in model.modules()) == 4
+    assert _error(_output(model, inputs), expected) < 0.02
+    assert model.state_dict().keys() == state.keys()
+    layer = model.encoder.layer[0].output.train()  # type: ignore[union-attr,index]
+    x, residual = torch.randn(5, 128), torch.randn(5, 64)
+    torch.manual_seed(1)
+    wanted = layer.LayerNorm(layer.dropout(layer.dense(x)) + residual)
+    torch.manual_seed(1)
+    torch.testing.assert_close(layer(x, residual), wanted)
+
+
+def test_modules_that_look_like_the_end_of_a_block() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.LayerNorm, self.dropout = Int8Linear(8, 8), nn.LayerNorm(8), nn.Dropout()
+
+        def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+            return hidden_states
+
+    assert LinearAddNorm.of(Own()) is None
+    model = _built(_bert)[0]
+    assert LinearAddNorm.of(model.encoder.layer[0].output) is None  # type: ignore[union-attr,index]  # not quantised
 
 
 def test_tied_embedding_and_head_become_integers() -> None:

@@ -55,7 +55,8 @@ def calibrated(job: Job) -> Start:
 @contestant("potstill int4 + fuse", MODEL)
 def int4_and_fused(job: Job) -> Start:
     """Embeddings, of which there is no int4 form, in int8."""
-    config = potstill.Mixed({nn.Embedding: potstill.Int8(), "*": potstill.Int4(GROUP)})
+    embeddings = [name for name, module in job.module.named_modules() if isinstance(module, nn.Embedding)]
+    config = potstill.Mixed({**dict.fromkeys(embeddings, _INT8), "*": potstill.Int4(GROUP)})
     return lambda: calling(_fused(job, config), job.inputs)()
 
 

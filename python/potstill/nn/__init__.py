@@ -10,6 +10,7 @@ from potstill.nn.int4 import Int4Linear
 from potstill.nn.linear import Int8Linear
 from potstill.nn.loss import KDLoss
 from potstill.nn.norm import AddLayerNorm
+from potstill.nn.residual import LinearAddNorm
 from potstill.nn.shared import Int8LinearPart
 
 _LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
@@ -27,4 +28,5 @@ __all__ = [
     "Int8MultiheadAttention",
     "Int8TransformerEncoderLayer",
     "KDLoss",
+    "LinearAddNorm",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from potstill.errors import ConversionError
-from potstill.nn import FusedActivation, Int8Linear, Int8LinearPart
+from potstill.nn import FusedActivation, Int8Linear, Int8LinearPart, LinearAddNorm
 from potstill.nn.activation import activation_name
 from potstill.nn.shared import link, why_not_shared
 from potstill.transform.attention_interface import NAME, TORCH, attention_models, switch
@@ -22,6 +22,8 @@ from potstill.transform.observe import Call, Sample, run
 from potstill.transform.swap import Undo, all_of, replace, sites
 from potstill.transform.table import text_table
 from potstill.transform.trace import Trace, trace
+
+What = Literal["activation", "shared input", "residual", "attention"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class FusionRow:
     """
 
     names: tuple[str, ...]
-    what: Literal["activation", "shared input", "attention"]
+    what: What
     action: Literal["fused", "kept"]
     reason: str
     ms_before: float | None
@@ -76,7 +78,7 @@ def _cells(row: FusionRow) -> Iterable[str]:
 class _Candidate:
     """Something to join: its layers, how to do it, and both ways as callables for each kind of call."""
 
-    what: Literal["activation", "shared input"]
+    what: What
     names: tuple[str, ...]
     calls: Counter[Call]
     ways: Callable[[Call], dict[str, Callable[[], object]]]
@@ -92,6 +94,8 @@ def fuse_(model: nn.Module, sample_input: Sample, only_if_faster: bool = True) -
       applies it itself; the module's place is taken by :class:`nn.FusedActivation`.
     - Layers that read the same tensor (attention's query, key and value) are computed by one call; each becomes an
       :class:`nn.Int8LinearPart`, so that the model's own code need not change.
+    - The ends of the blocks of BERT and its relatives add the residual while they normalise:
+      :class:`nn.LinearAddNorm`.
     - Models of the transformers package that call ``F.scaled_dot_product_attention`` call :data:`ops.attention`, as the
       attention implementation ``"potstill"`` of their config; ``model.set_attn_implementation("sdpa")`` undoes it.
 
@@ -114,7 +118,11 @@ def fuse_(model: nn.Module, sample_input: Sample, only_if_faster: bool = True) -
     layers = [site.module for site in sites(model, Int8Linear) if type(site.module) is Int8Linear]
     activations = [m for m in names if not isinstance(m, FusedActivation) and activation_name(m)]
     seen = trace(model, layers, activations, sample_input)
-    candidates = [*_activations(model, seen, names), *_groups(model, seen, names)]
+    candidates = [
+        *_activations(model, seen, names),
+        *_groups(model, seen, names),
+        *_residuals(model, seen, names),
+    ]
     with torch.inference_mode(False), torch.no_grad():
         _measure([c for c in candidates if not c.kept])
         for candidate in candidates:
@@ -237,6 +245,31 @@ def _group_ways(
 def _ways(before: nn.Module, after: nn.Module, call: Call, features: int) -> dict[str, Callable[[], object]]:
     x = torch.randn(call.rows, features, generator=torch.Generator().manual_seed(0)).to(call.dtype)
     return {"before": calling(before, call, (x,), {}), "after": calling(after, call, (x,), {})}
+
+
+def _residuals(model: nn.Module, seen: Trace, names: dict[nn.Module, tuple[str, ...]]) -> Iterable[_Candidate]:
+    for module in names:
+        fused = LinearAddNorm.of(module)
+        if fused is not None and fused.dense in seen.calls:
+            yield _Candidate(
+                "residual",
+                names[module],
+                Counter(seen.calls[fused.dense]),
+                partial(_residual_ways, module, fused),
+                partial(_apply_residual, model, names[module], module),
+            )
+
+
+def _apply_residual(model: nn.Module, names: tuple[str, ...], module: nn.Module) -> Undo:
+    fused = LinearAddNorm.of(module)  # anew: its layer may have become a part of another call
+    return all_of([] if fused is None else [replace(model, names, fused)])
+
+
+def _residual_ways(module: nn.Module, fused: LinearAddNorm, call: Call) -> dict[str, Callable[[], object]]:
+    random = torch.Generator().manual_seed(0)
+    sizes = fused.dense.in_features, fused.dense.out_features
+    inputs = tuple(torch.randn(call.rows, size, generator=random).to(call.dtype) for size in sizes)
+    return {"before": calling(module, call, inputs, {}), "after": calling(fused, call, inputs, {})}
 
 
 class _All(nn.Module):
