@@ -15,7 +15,8 @@ from potstill import fuse_, load, quantize_, save
 from potstill.errors import ConversionError
 from potstill.nn import Int8Embedding, Int8Linear, LinearAddNorm
 from potstill.ops import attention
-from potstill.transform.attention_interface import attention_models, switch
+from potstill.transform.attention_interface import _forward, attention_models, switch
+from potstill.transform.block_end import linear_add_norm
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 TOKENS = torch.arange(12).view(2, 6) % 50
@@ -142,9 +143,30 @@ def test_modules_that_look_like_the_end_of_a_block() -> None:
         def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
             return hidden_states
 
-    assert LinearAddNorm.of(Own()) is None
+    assert linear_add_norm(Own()) is None
     model = _built(_bert)[0]
-    assert LinearAddNorm.of(model.encoder.layer[0].output) is None  # type: ignore[union-attr,index]  # not quantised
+    assert linear_add_norm(model.encoder.layer[0].output) is None  # type: ignore[union-attr,index]  # not quantised
+
+
+def test_end_of_a_block_with_a_hook_is_left() -> None:
+    model, inputs = _built(_bert)
+    quantize_(model, sample_input=inputs, only_if_faster=False)
+    first, second = (layer.output for layer in model.encoder.layer)  # type: ignore[union-attr]
+    first.register_forward_hook(lambda *_: None)
+    second.LayerNorm.register_forward_hook(lambda *_: None)
+    assert linear_add_norm(first) is linear_add_norm(second) is None
+
+
+def test_options_that_are_off_keep_the_fast_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = _counted(monkeypatch)
+    q = torch.randn(1, 2, 5, 16)
+    module = nn.Module()
+    y, _ = _forward(module, q, q, q, None, is_causal=False, output_attentions=False, softcap=None)
+    assert calls == [1]
+    bias = torch.randn(1, 2, 5, 5)
+    _forward(module, q, q, q, None, is_causal=False, position_bias=bias)
+    assert calls == [1]
+    torch.testing.assert_close(y.transpose(1, 2), torch.nn.functional.scaled_dot_product_attention(q, q, q))
 
 
 def test_tied_embedding_and_head_become_integers() -> None:

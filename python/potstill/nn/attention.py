@@ -181,7 +181,7 @@ class Int8MultiheadAttention(nn.Module):
         if need_weights:
             y, weights = _attention_with_weights(q, k, v, mask, dropout)
             weights = weights.mean(dim=1) if average_attn_weights else weights
-        elif dropout == 0.0 and pays(q, k):
+        elif dropout == 0.0 and pays(q, k, v):
             y = attention(q, k, v, mask, None, causal)
         else:
             y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Self
-
 from torch import Tensor, nn
 
 from potstill.nn.linear import Int8Linear
 from potstill.nn.norm import AddLayerNorm
-
-_PARTS = {"dense": Int8Linear, "LayerNorm": nn.LayerNorm, "dropout": nn.Dropout}
 
 
 class LinearAddNorm(nn.Module):
@@ -32,23 +27,6 @@ class LinearAddNorm(nn.Module):
         self.dense = dense
         self.LayerNorm = AddLayerNorm.from_float(norm)
         self.dropout = dropout
-
-    @classmethod
-    def of(cls, module: nn.Module) -> Self | None:
-        """The form of ``module`` that has its parts; None if it is none of those that it can stand for."""
-        parts = dict(module.named_children())
-        if {name: type(part) for name, part in parts.items()} != _PARTS:
-            return None
-        known = type(module).__module__.startswith("transformers.")
-        if not known or list(inspect.signature(module.forward).parameters) != ["hidden_states", "input_tensor"]:
-            return None
-        dense, norm, dropout = parts["dense"], parts["LayerNorm"], parts["dropout"]
-        assert isinstance(dense, Int8Linear)  # which _PARTS says, but not to mypy
-        assert isinstance(norm, nn.LayerNorm)
-        assert isinstance(dropout, nn.Dropout)
-        if norm.normalized_shape != (dense.out_features,):
-            return None
-        return cls(dense, norm, dropout).train(module.training)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """[..., in_features], [..., out_features] -> [..., out_features]."""

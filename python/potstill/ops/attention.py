@@ -84,13 +84,14 @@ def _reference(
     return y.to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def pays(query: Tensor, key: Tensor) -> bool:
+def pays(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether :data:`attention` has a kernel for them, and no gradient is needed, for which torch's keeps less.
 
-    >>> pays(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4)), pays(torch.zeros(1, 1, 2, 4).half(), torch.zeros(1))
-    (True, False)
+    >>> x = torch.zeros(1, 1, 2, 4)
+    >>> pays(x, x, x), pays(x.half(), x.half(), x.half()), pays(x, x, x.clone().requires_grad_())
+    (True, False, False)
     """
-    trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     kernel = attention.kernels.get(query.device.type)
     return not trains and kernel is not None and query.dtype in kernel.dtypes and query.shape[0] == key.shape[0]
 

@@ -58,7 +58,8 @@ def _forward(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    if dropout > 0.0 or not pays(query, key) or any(options.get(name) is not None for name in _OTHERWISE):
+    otherwise = any(options.get(name) is not None and options[name] is not False for name in _OTHERWISE)
+    if otherwise or dropout > 0.0 or not pays(query, key, value):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         found: tuple[Tensor, None] = sdpa_attention_forward(

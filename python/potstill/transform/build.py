@@ -13,8 +13,7 @@ from potstill.transform.survey import Layer, of_one_kind
 
 
 def build(groups: Iterable[list[Layer]]) -> None:
-    """Gives each layer that is not kept its new form; layers of one kind with one weight or
-    bias get one new weight or bias."""
+    """Gives each layer that is not kept its new form; what one kind of them shares, the new ones share."""
     biases: dict[int, nn.Parameter] = {}
     for group in groups:
         kinds = of_one_kind(group)

@@ -17,6 +17,7 @@ from potstill.nn import FusedActivation, Int8Linear, Int8LinearPart, LinearAddNo
 from potstill.nn.activation import activation_name
 from potstill.nn.shared import link, why_not_shared
 from potstill.transform.attention_interface import NAME, TORCH, attention_models, switch
+from potstill.transform.block_end import linear_add_norm
 from potstill.transform.measure import calling, fastest
 from potstill.transform.observe import Call, Sample, run
 from potstill.transform.swap import Undo, all_of, replace, sites
@@ -151,12 +152,13 @@ def _attention(model: nn.Module, sample: Sample, only_if_faster: bool) -> tuple[
         run(model, sample)
 
     ways = {name: partial(with_attention, name) for name in (TORCH, NAME)}
-    seconds = fastest({"model": ways})["model"] if only_if_faster else {NAME: 0.0, TORCH: 1.0}
-    chosen = min((NAME, TORCH), key=lambda name: seconds[name])
+    seconds = fastest({"model": ways})["model"]
+    ratio = seconds[TORCH] / seconds[NAME]
+    chosen = NAME if ratio > 1.0 or not only_if_faster else TORCH
     switch(models, chosen)
     names = tuple(name or "the model" for name, module in model.named_modules() if module in models)
     action: Literal["fused", "kept"] = "fused" if chosen == NAME else "kept"
-    reason = "faster" if chosen == NAME else "torch's is as fast"
+    reason = f"{ratio:.2f} times the model's speed" if chosen == NAME else "torch's is as fast"
     return [FusionRow(names, "attention", action, reason, None, None)], partial(switch, models, TORCH)
 
 
@@ -249,7 +251,7 @@ def _ways(before: nn.Module, after: nn.Module, call: Call, features: int) -> dic
 
 def _residuals(model: nn.Module, seen: Trace, names: dict[nn.Module, tuple[str, ...]]) -> Iterable[_Candidate]:
     for module in names:
-        fused = LinearAddNorm.of(module)
+        fused = linear_add_norm(module)
         if fused is not None and fused.dense in seen.calls:
             yield _Candidate(
                 "residual",
@@ -261,7 +263,7 @@ def _residuals(model: nn.Module, seen: Trace, names: dict[nn.Module, tuple[str, 
 
 
 def _apply_residual(model: nn.Module, names: tuple[str, ...], module: nn.Module) -> Undo:
-    fused = LinearAddNorm.of(module)  # anew: its layer may have become a part of another call
+    fused = linear_add_norm(module)  # anew: its layer may have become a part of another call
     return all_of([] if fused is None else [replace(model, names, fused)])
 
 
