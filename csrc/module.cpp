@@ -97,56 +97,101 @@ int64_t count_labels(const TensorView& target, int64_t rows, int64_t classes, in
   return valid;
 }
 
-// loss has rank 1 for one loss per row, or rank 0 for their sum or mean; the gradient is that of its sum.
-void kd_loss(py::handle student, py::handle teacher, py::handle target, py::handle loss, py::handle grad,
-             float temperature, float alpha, float label_smoothing, int64_t ignore_index, bool mean) {
+Divergence divergence_of(const std::string& name) {
+  constexpr const char* kNames[] = {"forward_kl", "reverse_kl", "jsd", "tv", "dkd", "soft_ce", "mse"};
+  for (int i = 0; i < 7; ++i) {
+    if (name == kNames[i]) return static_cast<Divergence>(i);
+  }
+  throw py::value_error("divergence is '" + name + "', expected a name of potstill.ops.divergence.DIVERGENCES");
+}
+
+Rest rest_of(const std::string& name) {
+  constexpr const char* kNames[] = {"tail", "renormalize", "partial"};
+  for (int i = 0; i < 3; ++i) {
+    if (name == kNames[i]) return static_cast<Rest>(i);
+  }
+  throw py::value_error("rest is '" + name + "', expected tail, renormalize or partial");
+}
+
+// The likeliest classes of a teacher: each must be one of the student's.
+void set_top_k(KdLoss& a, const TensorView& teacher, const TensorView& indices, const std::string& divergence) {
+  a.indices = indices.contiguous().shape({a.rows, a.teacher_classes}).i64();
+  for (int64_t i = 0; i < a.rows * a.teacher_classes; ++i) {
+    if (a.indices[i] < 0 || a.indices[i] >= a.student_classes) {
+      indices.fail("has the class " + std::to_string(a.indices[i]),
+                   "expected 0 to " + std::to_string(a.student_classes - 1));
+    }
+  }
+  teacher.f32();
+  a.entropy = divergence != "soft_ce";
+  a.divergence = Divergence::top_k;
+}
+
+// loss has rank 1 for one loss per row, or rank 0 for their sum or mean; the gradient is that of its sum, and may
+// overwrite the student. A mean divides by the normalizer, or if that is 0 by the number of rows that count.
+void kd_loss(py::handle student, py::handle teacher, py::handle indices, py::handle target, py::handle row_weight,
+             py::handle loss, py::handle grad, const std::string& divergence, float beta, const std::string& rest,
+             float temperature, float alpha, float label_smoothing, int64_t ignore_index, bool mean,
+             double normalizer) {
   constexpr const char* kOp = "kd_loss";
   TensorView sv(student, kOp, "student"), tv(teacher, kOp, "teacher"), lv(loss, kOp, "loss");
-  if (sv.rank() != 2) sv.fail("has rank " + std::to_string(sv.rank()), "expected [rows, classes]");
-  int64_t rows = sv.size(0), v = sv.size(1);
-  tv.shape({rows, v});
   for (const TensorView* t : {&sv, &tv}) {
-    if (v > 1 && t->stride(1) != 1) t->fail("has strided rows", "call .contiguous() on it");
+    if (t->rank() != 2) t->fail("has rank " + std::to_string(t->rank()), "expected [rows, classes]");
+    if (t->size(1) > 1 && t->stride(1) != 1) t->fail("has strided rows", "call .contiguous() on it");
   }
   KdLoss a{};
-  a.student = sv.floats();
-  a.teacher = tv.floats();
-  int64_t valid = rows;
+  a.rows = sv.size(0);
+  a.student_classes = sv.size(1), a.teacher_classes = tv.size(1);
+  tv.shape({a.rows, a.teacher_classes});
+  a.student = sv.floats(), a.teacher = tv.floats();
+  a.student_stride = sv.stride(0), a.teacher_stride = tv.stride(0);
+  a.divergence = divergence_of(divergence);
+  a.rest = rest_of(rest);
+  if (!indices.is_none()) set_top_k(a, tv, TensorView(indices, kOp, "teacher_indices"), divergence);
+  int64_t valid = a.rows;
   if (!target.is_none()) {
     TensorView labels(target, kOp, "target");
-    a.target = labels.contiguous().shape({rows}).i64();
-    valid = count_labels(labels, rows, v, ignore_index);
+    a.target = labels.contiguous().shape({a.rows}).i64();
+    valid = count_labels(labels, a.rows, a.student_classes, ignore_index);
+  } else if (alpha != 1.0f || (a.divergence == Divergence::dkd && alpha > 0.0f)) {
+    throw py::value_error("kd_loss: target is None, expected labels");
   }
+  if (!row_weight.is_none())
+    a.row_weight = TensorView(row_weight, kOp, "row_weight").contiguous().shape({a.rows}).f32();
   float* result = lv.contiguous().f32();
   bool per_row = lv.rank() == 1;
-  if (per_row) lv.shape({rows});
+  if (per_row) lv.shape({a.rows});
   if (!per_row) lv.shape({});
   if (!grad.is_none()) {
     TensorView gv(grad, kOp, "grad");
-    a.grad = gv.contiguous().shape({rows, v}).floats();
+    gv.shape({a.rows, a.student_classes});
+    if (a.student_classes > 1 && gv.stride(1) != 1) gv.fail("has strided rows", "expected dense ones");
+    a.grad = gv.floats();
+    a.grad_stride = gv.stride(0);
     if (a.grad.type != a.student.type) gv.fail("has another dtype", "expected that of student");
-    prefer_huge_pages(a.grad.data, static_cast<size_t>(rows * v) * (a.grad.type == Type::f32 ? 4 : 2));
+    if (a.grad.data != a.student.data) {
+      int64_t numbers = a.rows == 0 ? 0 : (a.rows - 1) * a.grad_stride + a.student_classes;
+      prefer_huge_pages(a.grad.data, static_cast<size_t>(numbers) * (a.grad.type == Type::f32 ? 4 : 2));
+    }
   }
-  a.rows = rows;
-  a.v = v;
-  a.student_stride = sv.stride(0);
-  a.teacher_stride = tv.stride(0);
+  a.beta = beta;
   a.temperature = temperature;
   a.alpha = alpha;
   a.label_smoothing = label_smoothing;
   a.ignore_index = ignore_index;
-  a.row_weight = mean && valid > 0 ? 1.0f / static_cast<float>(valid) : 1.0f;  // no valid row: all gradients are 0
+  double by = normalizer != 0.0 ? normalizer : valid > 0 ? static_cast<double>(valid) : 1.0;  // no valid row: all are 0
+  a.scale = mean ? static_cast<float>(1.0 / by) : 1.0f;
   py::gil_scoped_release nogil;
   const Kernels& table = kernels();
-  size_t row_losses = per_row ? 0 : (static_cast<size_t>(rows) * sizeof(float) + 63) / 64 * 64;
-  char* memory = static_cast<char*>(scratch(row_losses + table.kd_loss_scratch(rows, v)));
+  size_t row_losses = per_row ? 0 : (static_cast<size_t>(a.rows) * sizeof(float) + 63) / 64 * 64;
+  char* memory = static_cast<char*>(scratch(row_losses + table.kd_loss_scratch(a.student_classes, a.teacher_classes)));
   a.loss = per_row ? result : reinterpret_cast<float*>(memory);
   a.scratch = memory + row_losses;
   table.kd_loss(a);
   if (per_row) return;
   double total = 0;
-  for (int64_t row = 0; row < rows; ++row) total += a.loss[row];
-  *result = static_cast<float>(mean && valid > 0 ? total / static_cast<double>(valid) : total);
+  for (int64_t row = 0; row < a.rows; ++row) total += a.loss[row];
+  *result = static_cast<float>(mean ? total / by : total);
 }
 
 // A block this large is mapped afresh by glibc's malloc at every call, whatever was freed before.

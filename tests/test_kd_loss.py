@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kd_losses import check, gradient_of, labels, logits
 from torch import Tensor
 
 from potstill import _C
 from potstill.nn import KDLoss
 from potstill.ops import kd_loss
-from potstill.ops.kd_loss import row_losses
 
 
 @pytest.fixture(params=_C.isas())
@@ -29,48 +29,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.use_isa(before)
 
 
-def logits(*shape: int, seed: int = 0, scale: float = 3.0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
-
-
-def labels(rows: int, classes: int, ignored: int = 0) -> Tensor:
-    target = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(rows))
-    target[:ignored] = -100
-    return target
-
-
-def gradient_of(student: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    leaf = student.detach().requires_grad_()
-    loss(leaf).backward()
-    assert leaf.grad is not None
-    return leaf.grad
-
-
-def check(student: Tensor, teacher: Tensor, target: Tensor | None, loss: KDLoss, tolerance: float = 2e-6) -> None:
-    """Loss and gradient against autograd through the definition in float64."""
-    exact = student.double().requires_grad_()
-    rows = row_losses(
-        exact, teacher.double(), target, loss.temperature, loss.alpha, loss.ignore_index, loss.label_smoothing
-    )
-    expected = rows if loss.reduction == "none" else rows.sum()
-    if loss.reduction == "mean":
-        expected = expected / max(rows.numel() if target is None else int((target != loss.ignore_index).sum()), 1)
-    expected.sum().backward()
-    leaf = student.detach().requires_grad_()
-    value = loss(leaf, teacher, target)
-    value.sum().backward()
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value.double(), expected.detach(), rtol=2e-6, atol=2e-6 * loss.temperature**2)
-    assert leaf.grad is not None
-    assert exact.grad is not None
-    assert leaf.grad.dtype == student.dtype
-    # A gradient is a difference of probabilities, each at most q, times T at most; it is rounded like them.
-    hottest = exact.detach() / min(loss.temperature, 1.0)
-    q = float(hottest.softmax(-1).max()) if hottest.numel() else 0.0
-    largest = max([q * max(loss.temperature, 1.0), *exact.grad.abs().flatten().tolist()])
-    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=0.0, atol=tolerance * largest)
-
-
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -79,7 +37,9 @@ def test_definition_is_torchs(temperature: float, smoothing: float, alpha: float
     log_q, p = F.log_softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
     hard = F.cross_entropy(student, target, label_smoothing=smoothing)
     expected = alpha * temperature**2 * F.kl_div(log_q, p, reduction="batchmean") + (1.0 - alpha) * hard
-    loss, _ = kd_loss.reference(student, teacher, target, temperature, alpha, -100, smoothing)
+    loss, _ = kd_loss.reference(
+        student, teacher, target, temperature=temperature, alpha=alpha, label_smoothing=smoothing
+    )
     torch.testing.assert_close(loss, expected)
 
 
@@ -263,7 +223,7 @@ def test_no_gradient_is_computed_when_none_is_needed(monkeypatch: pytest.MonkeyP
     run = _C.kd_loss
 
     def spy(*args: Any) -> None:
-        written.append(args[4] is not None)
+        written.append(args[6] is not None)
         run(*args)
 
     monkeypatch.setattr(_C, "kd_loss", spy)
@@ -363,8 +323,9 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "target", "message"),
     [
-        ((3, 20), (3, 21), (3,), "they must be equal"),
-        ((3, 20), (20, 3), (3,), "they must be equal"),
+        ((3, 20), (2, 20), (3,), "all but the last dimension must be equal"),
+        ((3, 20), (3, 1, 20), (3,), "all but the last dimension must be equal"),
+        ((3, 20), (3, 0), (3,), "classes > 0"),
         ((3, 20), (3, 20), (4,), "target has shape"),
         ((3, 20), (3, 20), (3, 1), "target has shape"),
         ((3, 0), (3, 0), (3,), "classes > 0"),

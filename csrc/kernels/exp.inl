@@ -17,17 +17,31 @@ struct Exp {
   explicit Exp(float t) : scale(set1(static_cast<float>(kLog2E / t))), floor(set1(static_cast<float>(kExpFloor * t))) {}
 };
 
-inline F exponential(F x, const Exp& e) {
+struct Power {  // exp(x / t) = (1 + r c) 2^n
+  F r, c, two_n;
+};
+
+inline Power power(F x, const Exp& e) {
   x = max(e.floor, x);  // in this order a NaN stays
   F shift = set1(kExp2Shift);
   F shifted = fma(x, e.scale, shift);  // so large that its last bit counts ones: the sum rounds to an integer
   F r = fma(x, e.scale, sub(shift, shifted));
-  F p = fma(r, set1(0x1.5bda7ap-10f), set1(0x1.3ce8b0p-7f));
-  p = fma(p, r, set1(0x1.c6b6d8p-5f));
-  p = fma(p, r, set1(0x1.ebf9c2p-3f));
-  p = fma(p, r, set1(0x1.62e42ap-1f));
-  p = fma(p, r, set1(1.0f));
-  return mul(p, exp2i(shifted));
+  F c = fma(r, set1(0x1.5bda7ap-10f), set1(0x1.3ce8b0p-7f));
+  c = fma(c, r, set1(0x1.c6b6d8p-5f));
+  c = fma(c, r, set1(0x1.ebf9c2p-3f));
+  c = fma(c, r, set1(0x1.62e42ap-1f));
+  return {r, c, exp2i(shifted)};
+}
+
+inline F exponential(F x, const Exp& e) {
+  Power p = power(x, e);
+  return mul(fma(p.c, p.r, set1(1.0f)), p.two_n);
+}
+
+// exp(x / t) - 1: the polynomial's own error near 0 is 5e-7 of the result.
+inline F exponential_minus_one(F x, const Exp& e) {
+  Power p = power(x, e);
+  return fma(mul(p.c, p.r), p.two_n, sub(p.two_n, set1(1.0f)));
 }
 
 }  // namespace

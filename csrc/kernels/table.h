@@ -49,18 +49,26 @@ struct Int4Linear {
   void* scratch;  // int4_linear_scratch(m, n, k, group) bytes, 64-byte aligned
 };
 
+enum class Divergence { forward_kl, reverse_kl, jsd, tv, dkd, soft_ce, mse, top_k };
+enum class Rest { tail, renormalize, partial };
+
 struct KdLoss {
-  FloatPtr student;       // [rows, v], rows `student_stride` apart
-  FloatPtr teacher;       // [rows, v]
-  FloatPtr grad;          // [rows, v] of the student's type, or null: no gradient wanted
-  const int64_t* target;  // [rows], or null: no hard labels (alpha is 1)
-  float* loss;            // [rows]
-  int64_t rows, v;
-  int64_t student_stride, teacher_stride;
-  float temperature, alpha, label_smoothing;
+  FloatPtr student;         // [rows, student_classes], rows `student_stride` apart
+  FloatPtr teacher;         // [rows, teacher_classes] likewise; of top_k float log-probabilities
+  const int64_t* indices;   // [rows, teacher_classes], of top_k: the student's classes they are for
+  FloatPtr grad;            // [rows, student_classes] of the student's type, or null; may be the student itself
+  const int64_t* target;    // [rows], or null: no hard labels (alpha is 1)
+  const float* row_weight;  // [rows], or null: all are 1
+  float* loss;              // [rows]
+  int64_t rows, student_classes, teacher_classes;
+  int64_t student_stride, teacher_stride, grad_stride;
+  Divergence divergence;
+  Rest rest;     // of top_k
+  bool entropy;  // of top_k: a KL divergence, or without the teacher's entropy
+  float beta, temperature, alpha, label_smoothing;
   int64_t ignore_index;
-  float row_weight;  // factor of every row's gradient
-  void* scratch;     // kd_loss_scratch(rows, v) bytes, 64-byte aligned
+  float scale;    // factor of every row's gradient
+  void* scratch;  // kd_loss_scratch(student_classes, teacher_classes) bytes, 64-byte aligned
 };
 
 struct AddLayerNorm {
@@ -103,7 +111,7 @@ struct Kernels {
   void (*int4_linear)(const Int4Linear&);
   size_t (*int4_linear_scratch)(int64_t m, int64_t n, int64_t k, int64_t group);
   void (*kd_loss)(const KdLoss&);
-  size_t (*kd_loss_scratch)(int64_t rows, int64_t v);
+  size_t (*kd_loss_scratch)(int64_t student_classes, int64_t teacher_classes);
   void (*add_layer_norm)(const AddLayerNorm&);
   size_t (*add_layer_norm_scratch)(int64_t n);
   void (*int8_embedding)(const Int8Embedding&);

@@ -28,14 +28,20 @@ def int4_linear(
 def kd_loss(
     student: Tensor,
     teacher: Tensor,
+    indices: Tensor | None,
     target: Tensor | None,
+    row_weight: Tensor | None,
     loss: Tensor,
     grad: Tensor | None,
+    divergence: str,
+    beta: float,
+    rest: str,
     temperature: float,
     alpha: float,
     label_smoothing: float,
     ignore_index: int,
     mean: bool,
+    normalizer: float,
     /,
 ) -> None: ...
 def add_layer_norm(

@@ -42,6 +42,12 @@ void check_same(const Floats& got, const Floats& expected, int64_t columns, floa
   check(difference.empty(), difference);
 }
 
+}  // namespace
+
+#include "kd_loss_parity.h"
+
+namespace {
+
 // ---- int8_linear: bit-identical ----
 
 enum class Data { random, special, extreme, ties };
@@ -203,132 +209,6 @@ void int4_linear_shapes() {
     }
   }
   int4_linear(1030, 17, 65, 32, Data::random, Type::f32, true, true);  // more rows than one pass takes
-}
-
-// ---- kd_loss: equal up to rounding ----
-
-struct KdCase {
-  int64_t rows, v;
-  Type student, teacher;
-  float temperature, alpha, label_smoothing;
-  bool gradient, targets, infinity;
-};
-
-// The sums over v are taken in another order by each ISA, so results agree to a few roundings of the terms they are
-// sums of: a loss, of the logits' span; a gradient, of the largest probabilities, which may cancel. A bf16 gradient
-// agrees to one unit in its last place besides, at most 2^-7 of its value.
-constexpr float kTolerance = 2e-6f;
-constexpr float kSpan = 10;
-constexpr float kRowWeight = 0.37f;
-
-bool close(float got, float expected, float tolerance) {
-  if (std::isnan(got) || std::isnan(expected)) return std::isnan(got) && std::isnan(expected);
-  return got == expected || std::fabs(got - expected) <= tolerance;
-}
-
-std::vector<float> logits(const KdCase& c, int64_t stride) {
-  std::vector<float> values(static_cast<size_t>((c.rows - 1) * stride + c.v));
-  float offset = uniform(-30, 30);  // of no consequence in exact arithmetic
-  for (float& value : values) value = offset + 3 * normal();
-  if (c.infinity) values[static_cast<size_t>(integer(0, static_cast<int>(values.size()) - 1))] = -kInf;
-  return values;
-}
-
-// The largest value of softmax(row / temperature).
-float peak(const Floats& logits, size_t begin, int64_t v, float temperature) {
-  size_t end = begin + static_cast<size_t>(v);
-  float largest = -kInf;
-  for (size_t i = begin; i < end; ++i) largest = std::fmax(largest, logits[i]);
-  double sum = 0;
-  for (size_t i = begin; i < end; ++i) sum += std::exp(static_cast<double>(logits[i] - largest) / temperature);
-  return static_cast<float>(1 / sum);
-}
-
-void compare_gradients(const Floats& got, const Floats& expected, const std::vector<float>& terms, const KdCase& c) {
-  for (size_t r = 0; r < terms.size(); ++r) {
-    std::string difference;
-    for (size_t i = r * static_cast<size_t>(c.v); i < (r + 1) * static_cast<size_t>(c.v) && difference.empty(); ++i) {
-      float value = std::fabs(expected[i]);
-      float tolerance = kTolerance * (terms[r] + value) + (c.student == Type::bf16 ? value * 0x1p-7f : 0.0f);
-      if (!close(got[i], expected[i], tolerance)) difference = "gradient " + at(i, c.v, got[i], expected[i]);
-    }
-    check(difference.empty(), difference);
-  }
-}
-
-void kd_loss(const KdCase& c) {
-  begin("%s kd_loss rows=%d v=%d student=%s teacher=%s T=%g alpha=%g smoothing=%g targets=%d infinity=%d", tested.name,
-        static_cast<int>(c.rows), static_cast<int>(c.v), name(c.student), name(c.teacher),
-        static_cast<double>(c.temperature), static_cast<double>(c.alpha), static_cast<double>(c.label_smoothing),
-        c.targets, c.infinity);
-  constexpr int64_t kIgnored = -100;
-  int64_t student_stride = c.v + integer(0, 5), teacher_stride = c.v + integer(0, 5);
-  Floats student(logits(c, student_stride), c.student), teacher(logits(c, teacher_stride), c.teacher);
-  Guarded target(static_cast<size_t>(c.rows) * 8, 8, 0);
-  for (int64_t r = 0; r < c.rows; ++r) {
-    target.as<int64_t>()[r] = integer(0, 4) == 0 ? kIgnored : integer(0, static_cast<int>(c.v) - 1);
-  }
-  auto run = [&](const Kernels& table, int filling, const Floats& loss, const Floats& grad) {
-    Guarded scratch(table.kd_loss_scratch(c.rows, c.v), 64, filling);
-    KdLoss a{};
-    a.student = student.pointer();
-    a.teacher = teacher.pointer();
-    if (c.gradient) a.grad = grad.pointer();
-    if (c.targets) a.target = target.as<int64_t>();
-    a.loss = loss.memory.as<float>();
-    a.rows = c.rows;
-    a.v = c.v;
-    a.student_stride = student_stride;
-    a.teacher_stride = teacher_stride;
-    a.temperature = c.temperature;
-    a.alpha = c.alpha;
-    a.label_smoothing = c.label_smoothing;
-    a.ignore_index = kIgnored;
-    a.row_weight = kRowWeight;
-    a.scratch = scratch.as<void>();
-    table.kd_loss(a);
-  };
-  auto rows = static_cast<size_t>(c.rows), count = static_cast<size_t>(c.rows * c.v);
-  Floats expected_loss(rows, Type::f32, 0x5a), loss(rows, Type::f32, 0xc5);
-  Floats expected_grad(count, c.student, 0x5a), grad(count, c.student, 0xc5);
-  run(kernels_scalar, 0x11, expected_loss, expected_grad);
-  run(tested, 0x77, loss, grad);
-  for (size_t r = 0; r < rows; ++r) {
-    float terms = kSpan * (c.alpha * c.temperature + 1 - c.alpha);  // T^2 KL is a sum over T^2 (t - s) / T
-    float tolerance = kTolerance * (terms + std::fabs(expected_loss[r]));
-    check(close(loss[r], expected_loss[r], tolerance), "loss " + at(r, 1, loss[r], expected_loss[r]));
-  }
-  if (!c.gradient) return;
-  std::vector<float> terms(rows);
-  for (size_t r = 0; r < rows; ++r) {
-    size_t s = r * static_cast<size_t>(student_stride), t = r * static_cast<size_t>(teacher_stride);
-    float soft = std::fmax(peak(student, s, c.v, c.temperature), peak(teacher, t, c.v, c.temperature));
-    terms[r] = kRowWeight * (c.alpha * c.temperature * soft + (1 - c.alpha) * peak(student, s, c.v, 1));
-  }
-  compare_gradients(grad, expected_grad, terms, c);
-}
-
-void kd_loss_cases() {
-  for (int64_t v : {1, 2, 3, 7, 8, 15, 16, 17, 31, 63, 64, 65, 100, 1000, 4097, 32003}) {
-    for (float temperature : {1.0f, 2.0f, 3.5f, 4.0f}) {
-      for (float alpha : {0.0f, 0.5f, 1.0f}) {
-        for (bool gradient : {false, true}) {
-          KdCase c{};
-          c.rows = v > 4000 ? 3 : integer(1, 9);
-          c.v = v;
-          c.student = pick<Type>({Type::f32, Type::bf16});
-          c.teacher = pick<Type>({Type::f32, Type::bf16});
-          c.temperature = temperature;
-          c.alpha = alpha;
-          c.gradient = gradient;
-          c.targets = alpha < 1 || integer(0, 1) == 1;
-          c.label_smoothing = integer(0, 1) == 1 ? 0.1f : 0.0f;
-          c.infinity = integer(0, 2) == 0;
-          kd_loss(c);
-        }
-      }
-    }
-  }
 }
 
 // ---- attention: sums in another order ----

@@ -61,6 +61,12 @@ inline simde__m512 emulated_cvtepi32_ps(simde__m512i a) {
   return bits<simde__m512>(r);
 }
 
+inline simde__m512i emulated_srai_epi32(simde__m512i a, int n) {
+  Ints r = bits<Ints>(a);
+  for (int32_t& lane : r.lane) lane >>= n;
+  return bits<simde__m512i>(r);
+}
+
 inline simde__m512i emulated_cvtepu16_epi32(simde__m256i a) {
   auto x = bits<Lanes<uint16_t, 16>>(a);
   Ints r;
@@ -124,6 +130,7 @@ inline int32_t emulated_reduce_max_epi32(simde__m512i a) {
 // Macros, since gcc's <immintrin.h> declares the names (and refuses to inline them without -mavx512f).
 #define _mm512_mask_loadu_ps(fill, mask, p) emulated_mask_loadu_ps(fill, mask, p)
 #define _mm512_mask_storeu_ps(p, mask, a) emulated_mask_storeu_ps(p, mask, a)
+#define _mm512_srai_epi32(a, n) emulated_srai_epi32(a, n)
 #define _mm512_cvtps_epi32(a) emulated_cvtps_epi32(a)
 #define _mm512_cvtepi32_ps(a) emulated_cvtepi32_ps(a)
 #define _mm512_cvtepu16_epi32(a) emulated_cvtepu16_epi32(a)

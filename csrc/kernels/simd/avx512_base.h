@@ -69,6 +69,12 @@ inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline F neg(F a) { return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))}; }
 inline F round_even(F a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline F exp2i(F n) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(n.v), 23))}; }
+inline F exponent(F x, F& m) {
+  __m512i bits = _mm512_castps_si512(x.v);
+  __m512i e = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f400000)), 23);
+  m.v = _mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(e, 23)));
+  return {_mm512_cvtepi32_ps(e)};
+}
 inline F zero_below(F a, F b, F x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), x.v)}; }
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float top(F a) { return _mm512_reduce_max_ps(a.v); }

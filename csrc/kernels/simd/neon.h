@@ -85,6 +85,12 @@ inline F max(F a, F b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
 inline F neg(F a) { return {vnegq_f32(a.v)}; }
 inline F round_even(F a) { return {vrndnq_f32(a.v)}; }
 inline F exp2i(F n) { return {vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_f32(n.v), 23))}; }
+inline F exponent(F x, F& m) {
+  int32x4_t bits = vreinterpretq_s32_f32(x.v);
+  int32x4_t e = vshrq_n_s32(vsubq_s32(bits, vdupq_n_s32(0x3f400000)), 23);
+  m.v = vreinterpretq_f32_s32(vsubq_s32(bits, vshlq_n_s32(e, 23)));
+  return {vcvtq_f32_s32(e)};
+}
 inline float sum(F a) { return vaddvq_f32(a.v); }
 inline float top(F a) { return vmaxvq_f32(a.v); }
 

@@ -9,6 +9,7 @@
 //   max                        the larger; if either is a NaN, the second
 //   exp2i                      its argument's bits shifted left by 23: 2^n from 1.5 * 2^23 + 127 + n, -126 <= n <= 127;
 //                              0 for n = -127
+//   exponent                   e with x = m 2^e and 3/4 <= m < 3/2; x is normal and positive
 //   zero_below                 a < b ? 0 : x, lane by lane: 0 even where x is a NaN, x where a or b is one
 //   to_float                   I -> F, rounded to nearest even
 //   magnitude_max              unsigned maximum of |x|'s bits: a NaN or inf wins over every finite number
@@ -91,6 +92,14 @@ inline F exp2i(F n) {
   F r;
   memcpy(&r.v, &bits, 4);
   return r;
+}
+inline F exponent(F x, F& m) {
+  uint32_t bits;
+  memcpy(&bits, &x.v, 4);
+  int32_t e = static_cast<int32_t>(bits - 0x3f400000u) >> 23;
+  bits -= static_cast<uint32_t>(e) << 23;
+  memcpy(&m.v, &bits, 4);
+  return {static_cast<float>(e)};
 }
 inline F zero_below(F a, F b, F x) { return a.v < b.v ? F{0.0f} : x; }
 inline float sum(F a) { return a.v; }

@@ -8,6 +8,7 @@ from potstill.nn.embedding import Int8Embedding
 from potstill.nn.encoder import Int8TransformerEncoderLayer
 from potstill.nn.int4 import Int4Linear
 from potstill.nn.linear import Int8Linear
+from potstill.nn.linear_kd_loss import LinearKDLoss
 from potstill.nn.loss import KDLoss
 from potstill.nn.norm import AddLayerNorm
 from potstill.nn.residual import LinearAddNorm
@@ -29,4 +30,5 @@ __all__ = [
     "Int8TransformerEncoderLayer",
     "KDLoss",
     "LinearAddNorm",
+    "LinearKDLoss",
 ]

@@ -6,6 +6,19 @@ from potstill.ops.int4_linear import int4_linear
 from potstill.ops.int8_embedding import int8_embedding
 from potstill.ops.int8_linear import int8_linear
 from potstill.ops.kd_loss import kd_loss
+from potstill.ops.linear_kd_loss import linear_kd_loss
 from potstill.ops.op import OPS, Op
+from potstill.ops.topk import top_k
 
-__all__ = ["OPS", "Op", "add_layer_norm", "attention", "int4_linear", "int8_embedding", "int8_linear", "kd_loss"]
+__all__ = [
+    "OPS",
+    "Op",
+    "add_layer_norm",
+    "attention",
+    "int4_linear",
+    "int8_embedding",
+    "int8_linear",
+    "kd_loss",
+    "linear_kd_loss",
+    "top_k",
+]

@@ -1,209 +1,274 @@
-"""Knowledge-distillation loss: softened KL divergence from a teacher plus cross-entropy with labels, fused.
+"""Knowledge-distillation loss: divergence from a teacher plus cross-entropy with labels, value and gradient fused.
 
-The loss is that of Hinton, Vinyals and Dean 2015 (section 2), the T^2 included.
+The loss is that of Hinton, Vinyals and Dean 2015 (section 2), the T^2 included, with a choice of divergences.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from potstill import _C
-from potstill.ops.op import Cost, Kernel, Op, Sample
+from potstill.ops import kd_samples
+from potstill.ops.divergence import check_divergence, row_divergence_gradients, row_divergences
+from potstill.ops.op import Kernel, Op
+from potstill.ops.topk import REST, check_top_k, row_topk_divergences, row_topk_gradients
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-def check_options(temperature: float, alpha: float, label_smoothing: float, reduction: str) -> None:
+class Options(NamedTuple):
+    """The arguments of :data:`kd_loss` after the logits, with the schema's defaults.
+
+    The dispatcher leaves out trailing arguments that have them, so that implementations take the rest as one.
+    """
+
+    target: Tensor | None = None
+    teacher_indices: Tensor | None = None
+    row_weight: Tensor | None = None
+    normalizer: Tensor | None = None
+    divergence: str = "forward_kl"
+    beta: float = 0.5
+    rest: str = "tail"
+    temperature: float = 1.0
+    alpha: float = 1.0
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    reduction: str = "mean"
+    need_grad: bool = True
+
+
+def check_options(o: Options, op: str = "kd_loss") -> None:
     """Raises :class:`ValueError` for options that :data:`kd_loss` does not accept."""
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"kd_loss: temperature is {temperature}; expected a positive finite number")
-    if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"kd_loss: alpha is {alpha}; expected a number from 0 (labels only) to 1 (teacher only)")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"kd_loss: label_smoothing is {label_smoothing}; expected a number from 0 to 1")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"kd_loss: reduction is {reduction!r}; expected one of {', '.join(_REDUCTIONS)}")
+    check_divergence(op, o.divergence, o.beta)
+    if o.rest not in REST:
+        raise ValueError(f"{op}: rest is {o.rest!r}; expected one of {', '.join(REST)}")
+    if not 0.0 < o.temperature < math.inf:
+        raise ValueError(f"{op}: temperature is {o.temperature}; expected a positive finite number")
+    if not 0.0 <= o.alpha <= 1.0:
+        raise ValueError(f"{op}: alpha is {o.alpha}; expected a number from 0 (labels only) to 1 (teacher only)")
+    if not 0.0 <= o.label_smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing is {o.label_smoothing}; expected a number from 0 to 1")
+    if o.reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction is {o.reduction!r}; expected one of {', '.join(_REDUCTIONS)}")
+    if o.normalizer is not None and o.reduction != "mean":
+        raise ValueError(f"{op}: normalizer divides a mean, but reduction is {o.reduction!r}; leave one of them out")
 
 
-def _check_tensors(student: Tensor, teacher: Tensor, target: Tensor | None, alpha: float) -> None:
-    if student.shape != teacher.shape:
+def check_rows(op: str, rows: torch.Size, o: Options) -> None:
+    """Raises :class:`ValueError` for tensors that do not fit ``rows``, the student's shape without the classes."""
+    needs_target = o.alpha != 1.0 or (o.divergence == "dkd" and o.alpha > 0.0)
+    if o.target is None:
+        if needs_target:
+            why = f"alpha is {o.alpha}" if o.alpha != 1.0 else "the divergence is dkd"
+            raise ValueError(f"{op}: {why} but target is None; pass the labels, or alpha=1 with another divergence")
+    elif o.target.shape != rows:
+        raise ValueError(f"{op}: target has shape {list(o.target.shape)}; the student's rows need {list(rows)}")
+    elif o.target.is_floating_point():
+        raise ValueError(f"{op}: target has dtype {o.target.dtype}; expected integer labels")
+    if o.row_weight is not None:
+        if o.row_weight.shape != rows:
+            raise ValueError(
+                f"{op}: row_weight has shape {list(o.row_weight.shape)}; the student's rows need {list(rows)}"
+            )
+        if o.row_weight.requires_grad:
+            raise ValueError(f"{op}: row_weight requires a gradient, and none is defined; detach() it")
+    if o.normalizer is not None and o.normalizer.numel() != 1:
+        raise ValueError(f"{op}: normalizer has shape {list(o.normalizer.shape)}; expected one number")
+
+
+def _check_logits(student: Tensor, teacher: Tensor, o: Options) -> None:
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if logits.dim() == 0 or logits.shape[-1] == 0:
+            raise ValueError(f"kd_loss: {name} has shape {list(logits.shape)}; expected [..., classes], classes > 0")
+    if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
-            f"kd_loss: student has shape {list(student.shape)} but teacher {list(teacher.shape)}; they must be equal"
+            f"kd_loss: student has shape {list(student.shape)} but teacher {list(teacher.shape)}; all but the last "
+            "dimension must be equal"
         )
-    if student.dim() == 0 or student.shape[-1] == 0:
-        raise ValueError(f"kd_loss: student has shape {list(student.shape)}; expected [..., classes], classes > 0")
-    if target is None:
-        if alpha != 1.0:
-            raise ValueError(f"kd_loss: alpha is {alpha} but target is None; pass the labels, or alpha=1")
-    elif target.shape != student.shape[:-1]:
-        raise ValueError(
-            f"kd_loss: target has shape {list(target.shape)}, but the student's {list(student.shape)} needs "
-            f"{list(student.shape[:-1])}"
-        )
-    elif target.is_floating_point():
-        raise ValueError(f"kd_loss: target has dtype {target.dtype}; expected integer labels")
+    if o.teacher_indices is not None:
+        check_top_k("kd_loss", teacher, o.teacher_indices, student.shape[-1], o.divergence)
+    elif o.divergence == "dkd" and min(student.shape[-1], teacher.shape[-1]) < 2:
+        raise ValueError("kd_loss: dkd compares the classes that are not the label; expected at least 2 classes")
+    check_rows("kd_loss", student.shape[:-1], o)
 
 
-def row_losses(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    temperature: float,
-    alpha: float,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """The definition: one loss per row, differentiable by autograd, in the widest dtype given (at least float32)."""
-    dtype = _wide(student, teacher)
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    loss = student.new_zeros(student.shape[:-1])
-    if alpha > 0.0:
-        log_q, log_p = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
-        p = log_p.exp()
-        terms = torch.where(p == 0.0, 0.0, p * (log_p - log_q))  # 0 (-inf) would be a NaN
-        loss = loss + alpha * temperature**2 * terms.sum(-1)
-    if target is None:
-        return loss
-    valid = target != ignore_index
-    if alpha < 1.0:
-        log_q1 = F.log_softmax(student, -1)
-        hard = -log_q1.gather(-1, torch.where(valid, target, 0).unsqueeze(-1)).squeeze(-1)
-        if label_smoothing > 0.0:
-            hard = (1.0 - label_smoothing) * hard - label_smoothing * log_q1.mean(-1)
-        loss = loss + (1.0 - alpha) * hard
-    return torch.where(valid, loss, 0.0)
-
-
-def _row_gradients(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None,
-    temperature: float,
-    alpha: float,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    # Of row_losses by student, in closed form: below the dispatcher, where it runs, autograd records nothing.
-    dtype = _wide(student, teacher)
-    student, teacher = student.to(dtype), teacher.to(dtype)
-    gradient = torch.zeros_like(student)
-    if alpha > 0.0:
-        q, p = F.softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
-        gradient = gradient + alpha * temperature * (q - p)
-    if target is None:
-        return gradient
-    valid = (target != ignore_index).unsqueeze(-1)
-    if alpha < 1.0:
-        labels = torch.where(valid, target.unsqueeze(-1), 0)
-        aim = torch.full_like(student, label_smoothing / student.shape[-1])
-        aim = aim.scatter_add(-1, labels, torch.full_like(aim[..., :1], 1.0 - label_smoothing))
-        gradient = gradient + (1.0 - alpha) * (F.softmax(student, -1) - aim)
-    return torch.where(valid, gradient, 0.0)
-
-
-def _wide(student: Tensor, teacher: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-
-
-def _reference(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None = None,
-    temperature: float = 1.0,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    need_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    check_options(temperature, alpha, label_smoothing, reduction)
-    _check_tensors(student, teacher, target, alpha)
-    valid = None
-    if target is not None:
-        target = target.to(torch.int64)
-        valid = target != ignore_index
-        _check_labels(target, valid, student.shape[-1], ignore_index)
-    arguments = (student, teacher, target, temperature, alpha, ignore_index, label_smoothing)
-    loss = row_losses(*arguments)
-    count: Tensor | int = max(loss.numel(), 1) if valid is None else valid.sum().clamp(min=1)
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        loss = loss / count
-    if not need_grad:
-        return loss, student.new_empty(0)
-    gradient = _row_gradients(*arguments)
-    return loss, (gradient / count if reduction == "mean" else gradient).to(student.dtype)
-
-
-def _check_labels(target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
+def check_labels(op: str, target: Tensor, valid: Tensor, classes: int, ignore_index: int) -> None:
+    """Raises :class:`ValueError` for a label that is no class, if ``target`` can be looked at without waiting."""
     if target.device.type != "cpu":  # elsewhere looking would wait for the device, whose gather checks by itself
         return
     wrong = target[valid & ((target < 0) | (target >= classes))]
     if wrong.numel():
         raise ValueError(
-            f"kd_loss: target has the label {int(wrong[0])}; expected labels from 0 to {classes - 1}, or "
+            f"{op}: target has the label {int(wrong[0])}; expected labels from 0 to {classes - 1}, or "
             f"ignore_index = {ignore_index}"
         )
 
 
-def _fake(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None = None,
-    temperature: float = 1.0,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    need_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
-    check_options(temperature, alpha, label_smoothing, reduction)
-    _check_tensors(student, teacher, target, alpha)
-    shape = student.shape[:-1] if reduction == "none" else ()
-    loss = student.new_empty(shape, dtype=_wide(student, teacher))
-    return loss, student.new_empty(student.shape if need_grad else (0,))
+def row_losses(student: Tensor, teacher: Tensor, o: Options) -> Tensor:
+    """The definition: one loss per row, differentiable by autograd, in the widest dtype given (at least float32)."""
+    dtype = wide(student, teacher)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    loss = student.new_zeros(student.shape[:-1])
+    if o.alpha > 0.0:
+        loss = loss + o.alpha * _row_divergences(student, teacher, o)
+    if o.alpha < 1.0:
+        loss = loss + (1.0 - o.alpha) * row_cross_entropies(student, o)
+    return weighted(loss, o)
 
 
-def _cpu(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor | None = None,
-    temperature: float = 1.0,
-    alpha: float = 1.0,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
-    need_grad: bool = True,
-) -> tuple[Tensor, Tensor]:
+def row_gradients(student: Tensor, teacher: Tensor, o: Options) -> Tensor:
+    """Of :func:`row_losses` by student, in closed form: where it runs, below the dispatcher, autograd sees nothing."""
+    dtype = wide(student, teacher)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    gradient = torch.zeros_like(student)
+    if o.alpha > 0.0:
+        soft = _row_divergence_gradients(student, teacher, o)
+        gradient[..., : soft.shape[-1]] = o.alpha * soft
+    if o.alpha < 1.0:
+        gradient = gradient + (1.0 - o.alpha) * row_cross_entropy_gradients(student, o)
+    return weighted(gradient, o)
+
+
+def _row_divergences(student: Tensor, teacher: Tensor, o: Options) -> Tensor:
+    if o.teacher_indices is not None:
+        return row_topk_divergences(student, teacher, o.teacher_indices, o.divergence, o.rest, o.temperature)
+    return row_divergences(*_common(student, teacher), o.target, o.divergence, o.beta, o.temperature)
+
+
+def _row_divergence_gradients(student: Tensor, teacher: Tensor, o: Options) -> Tensor:
+    if o.teacher_indices is not None:
+        return row_topk_gradients(student, teacher, o.teacher_indices, o.rest, o.temperature)
+    return row_divergence_gradients(*_common(student, teacher), o.target, o.divergence, o.beta, o.temperature)
+
+
+def row_cross_entropies(student: Tensor, o: Options) -> Tensor:
+    """The cross-entropy of each row with its label; of any value where the label is ignored."""
+    assert o.target is not None
+    log_q = F.log_softmax(student, -1)
+    labels = torch.where(o.target != o.ignore_index, o.target, 0)
+    hard = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    if o.label_smoothing > 0.0:
+        hard = (1.0 - o.label_smoothing) * hard - o.label_smoothing * log_q.mean(-1)
+    return hard
+
+
+def row_cross_entropy_gradients(student: Tensor, o: Options) -> Tensor:
+    """The gradient of :func:`row_cross_entropies`."""
+    assert o.target is not None
+    labels = torch.where(o.target != o.ignore_index, o.target, 0).unsqueeze(-1)
+    aim = torch.full_like(student, o.label_smoothing / student.shape[-1])
+    aim = aim.scatter_add(-1, labels, torch.full_like(aim[..., :1], 1.0 - o.label_smoothing))
+    return F.softmax(student, -1) - aim
+
+
+def weighted(rows: Tensor, o: Options) -> Tensor:
+    """Losses [...] or gradients [..., classes] times the rows' weights; exactly 0 where a row is ignored."""
+    if o.row_weight is not None:
+        weight = _beside(o.row_weight.to(rows.dtype), rows)
+        rows = torch.where(weight == 0.0, 0.0, rows * weight)
+    return rows if o.target is None else torch.where(_beside(o.target != o.ignore_index, rows), rows, 0.0)
+
+
+def _beside(row: Tensor, rows: Tensor) -> Tensor:
+    return row.unsqueeze(-1) if rows.dim() > row.dim() else row
+
+
+def divisor(rows: int, o: Options) -> Tensor | float:
+    """What the sum over the rows is divided by: 1 unless ``reduction`` is mean."""
+    if o.reduction != "mean":
+        return 1.0
+    if o.normalizer is not None:
+        return torch.where(o.normalizer == 0, 1, o.normalizer).reshape(())  # no row counts: all losses are 0
+    return float(max(rows, 1)) if o.target is None else (o.target != o.ignore_index).sum().clamp(min=1)
+
+
+def wide(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """The dtype that the definition computes in."""
+    return torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+
+
+def _common(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    # A column that one side lacks is no part of either distribution.
+    columns = min(student.shape[-1], teacher.shape[-1])
+    return student[..., :columns], teacher[..., :columns]
+
+
+def _reference(student: Tensor, teacher: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    o = Options(*rest, **named)
+    check_options(o)
+    _check_logits(student, teacher, o)
+    if o.teacher_indices is not None:
+        o = o._replace(teacher_indices=o.teacher_indices.to(torch.int64))
+    if o.target is not None:
+        target = o.target.to(torch.int64)
+        check_labels("kd_loss", target, target != o.ignore_index, student.shape[-1], o.ignore_index)
+        o = o._replace(target=target)
+    loss = row_losses(student, teacher, o)
+    by = divisor(loss.numel(), o)
+    if o.reduction != "none":
+        loss = (loss.sum() / by).to(loss.dtype)
+    if not o.need_grad:
+        return loss, student.new_empty(0)
+    return loss, (row_gradients(student, teacher, o) / by).to(student.dtype)
+
+
+def _fake(student: Tensor, teacher: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor]:
+    o = Options(*rest, **named)
+    check_options(o)
+    _check_logits(student, teacher, o)
+    loss = student.new_empty(student.shape[:-1] if o.reduction == "none" else (), dtype=wide(student, teacher))
+    return loss, student.new_empty(student.shape if o.need_grad else (0,))
+
+
+def _cpu(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    o = Options(*rest)
+    if o.teacher_indices is not None and teacher.dtype in (torch.float16, torch.bfloat16):
+        teacher = teacher.float()  # k numbers a row
     if teacher.dtype not in _KERNEL_DTYPES:
-        return _reference(
-            student, teacher, target, temperature, alpha, ignore_index, label_smoothing, reduction, need_grad
-        )
-    check_options(temperature, alpha, label_smoothing, reduction)
-    _check_tensors(student, teacher, target, alpha)
-    loss = student.new_empty(student.shape[:-1] if reduction == "none" else (), dtype=torch.float32)
-    grad = torch.empty_like(student, memory_format=torch.contiguous_format) if need_grad else student.new_empty(0)
+        return _reference(student, teacher, *rest)
+    check_options(o)
+    _check_logits(student, teacher, o)
+    grad = torch.empty_like(student, memory_format=torch.contiguous_format) if o.need_grad else None
+    loss = _run_kernel(student, teacher, o, grad)
+    return loss, student.new_empty(0) if grad is None else grad
+
+
+def kd_loss_in_place(student: Tensor, teacher: Tensor, o: Options) -> Tensor:
+    """The loss; its gradient overwrites ``student`` [rows, classes]. For implementations of ops; checks nothing."""
+    if student.is_cpu and student.dtype in _KERNEL_DTYPES and teacher.dtype in _KERNEL_DTYPES:
+        return _run_kernel(student, teacher, o, student)
+    loss, grad = _reference(student, teacher, *o)
+    student.copy_(grad)
+    return loss
+
+
+def _run_kernel(student: Tensor, teacher: Tensor, o: Options, grad: Tensor | None) -> Tensor:
+    loss = student.new_empty(student.shape[:-1] if o.reduction == "none" else (), dtype=torch.float32)
     _C.kd_loss(
         _rows(student),
         _rows(teacher),
-        None if target is None else _labels(target),
-        loss.view(-1) if reduction == "none" else loss,
-        _rows(grad) if need_grad else None,
-        temperature,
-        alpha,
-        label_smoothing,
-        ignore_index,
-        reduction == "mean",
+        None if o.teacher_indices is None else _rows(o.teacher_indices.to(torch.int64)),
+        _flat(o.target, torch.int64),
+        _flat(o.row_weight, torch.float32),
+        loss.view(-1) if o.reduction == "none" else loss,
+        None if grad is None else _rows(grad),
+        o.divergence,
+        o.beta,
+        o.rest,
+        o.temperature,
+        o.alpha,
+        o.label_smoothing,
+        o.ignore_index,
+        o.reduction == "mean",
+        0.0 if o.normalizer is None else float(o.normalizer) or 1.0,  # 0: the kernel counts the valid rows
     )
-    return loss, grad
+    return loss
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -212,10 +277,12 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _labels(target: Tensor) -> Tensor:
-    if target.dtype != torch.int64:
-        target = target.to(torch.int64)
-    return (target if target.dim() == 1 else target.reshape(-1)).contiguous()
+def _flat(rows: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if rows is None:
+        return None
+    if rows.dtype != dtype:
+        rows = rows.to(dtype)
+    return (rows if rows.dim() == 1 else rows.reshape(-1)).contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -229,183 +296,68 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 9
+        return (None,) * 15
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("kd_loss: no second derivative is defined; call backward() without create_graph=True")
     (grad,) = ctx.saved_tensors
     # loss.backward() starts from 1: autograd then keeps the saved tensor itself as student.grad.
-    if not _is_one(upstream):
+    if not is_one(upstream):
         grad = grad * upstream.unsqueeze(-1).to(grad.dtype)
-    return (grad, *(None,) * 8)
+    return (grad, *(None,) * 14)
 
 
-def _is_one(x: Tensor) -> bool:
+def is_one(x: Tensor) -> bool:
+    """Whether ``x`` is known to be the number 1, without waiting for a device."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or not x.is_cpu:
         return False  # a value that is not known yet, or that would have to be waited for
     return x.dim() == 0 and x.item() == 1.0
 
 
-def _arguments(
-    shape: tuple[int, ...],
-    student: torch.dtype = torch.float32,
-    teacher: torch.dtype = torch.float32,
-    ignored: float = 0.2,
-    **options: Any,
-) -> dict[str, Any]:
-    random = torch.Generator().manual_seed(shape[-1] * 7919 + len(shape))
-    target = torch.randint(shape[-1], shape[:-1], generator=random)
-    target[torch.rand(shape[:-1], generator=random) < ignored] = -100
-    return {
-        "student": torch.randn(shape, generator=random).mul_(3.0).to(student),
-        "teacher": torch.randn(shape, generator=random).mul_(3.0).to(teacher),
-        "target": target,
-        "temperature": 1.0,
-        "alpha": 1.0,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-        "reduction": "mean",
-        "need_grad": True,
-    } | options
-
-
-def _sample(label: str, shape: tuple[int, ...], **options: Any) -> Sample:
-    return Sample(label, lambda: _arguments(shape, **options))
-
-
-def _samples(size: str) -> Iterable[Sample]:
-    if size == "bench":
-        for rows, classes, temperature in ((64, 1000, 2.0), (256, 32000, 2.0), (256, 32000, 4.0), (512, 128256, 2.0)):
-            yield _sample(
-                f"rows={rows} classes={classes} T={temperature:g}",
-                (rows, classes),
-                temperature=temperature,
-                alpha=0.7,
-                ignored=0.0,
-            )
-        return
-    for shape in ((5, 7), (3, 1), (0, 10), (2, 3, 33), (129,), (70, 257), (4, 1024), (2, 1025), (3, 2999)):
-        for temperature, alpha, smoothing in ((1.0, 0.5, 0.0), (2.0, 0.7, 0.1), (4.0, 0.3, 0.0), (3.0, 0.7, 0.1)):
-            label = f"{list(shape)} T={temperature:g} alpha={alpha:g} smoothing={smoothing:g}"
-            yield _sample(label, shape, temperature=temperature, alpha=alpha, label_smoothing=smoothing)
-    wide, half = torch.float32, torch.bfloat16
-    for student, teacher in ((half, half), (half, wide), (wide, half)):
-        label = f"{str(student).removeprefix('torch.')} student, {str(teacher).removeprefix('torch.')} teacher"
-        yield _sample(label, (9, 1100), student=student, teacher=teacher, temperature=2.0, alpha=0.7)
-    yield _sample("reduction sum", (3, 4, 50), temperature=2.0, alpha=0.7, reduction="sum")
-    yield _sample("reduction none", (3, 4, 50), temperature=2.0, alpha=0.7, reduction="none")
-    yield _sample("teacher only", (6, 130), temperature=2.0, target=None)
-    yield _sample("labels only", (6, 130), alpha=0.0, label_smoothing=0.1)
-    yield _sample("no gradient", (6, 1300), temperature=2.0, alpha=0.5, need_grad=False)
-    yield _sample("all ignored", (6, 30), alpha=0.5, ignored=1.0)
-    yield Sample("offset 1000", lambda: _shifted((6, 1300), 1000.0))
-    yield Sample("teacher -inf", lambda: _masked((6, 1300), "teacher", -math.inf))
-    yield Sample("both masked with -inf", lambda: _masked((6, 1300), "student", -math.inf))
-    yield Sample(
-        "both masked with the lowest float32", lambda: _masked((6, 1300), "student", torch.finfo(torch.float32).min)
-    )
-    yield Sample("student nan", lambda: _poisoned("student"))
-    yield Sample("teacher nan", lambda: _poisoned("teacher"))
-    yield Sample("strided rows", lambda: _strided((6, 1300)))
-
-
-def _shifted(shape: tuple[int, ...], offset: float) -> dict[str, Any]:
-    arguments = _arguments(shape, temperature=2.0, alpha=0.5, label_smoothing=0.1)
-    return arguments | {"student": arguments["student"] + offset, "teacher": arguments["teacher"] - offset}
-
-
-def _masked(shape: tuple[int, ...], which: str, value: float) -> dict[str, Any]:
-    arguments = _arguments(shape, temperature=2.0, alpha=0.5)
-    arguments["target"].clamp_(max=9)
-    for name in {"teacher", which}:
-        arguments[name][:, 10::3] = value
-    return arguments
-
-
-def _poisoned(which: str) -> dict[str, Any]:
-    arguments = _arguments((6, 1300), temperature=2.0, alpha=0.5)
-    arguments[which][3, 1200] = math.nan
-    return arguments
-
-
-def _strided(shape: tuple[int, int]) -> dict[str, Any]:
-    arguments = _arguments((2 * shape[0], 2 * shape[1]), temperature=2.0, alpha=0.5)
-    return arguments | {
-        "student": arguments["student"][::2, : shape[1]],
-        "teacher": arguments["teacher"][::2, ::2],
-        "target": arguments["target"][::2] % shape[1],
-    }
-
-
-def _cost(student: Tensor, teacher: Tensor, need_grad: bool = True, **_: Any) -> Cost:
-    # Two exponentials of at least 8 multiply-adds, and a multiply-add in each of three sums and three gradient terms.
-    moved = student.element_size() * (2 if need_grad else 1) + teacher.element_size()
-    return Cost(f32_ops=44.0 * student.numel(), bytes=float(moved * student.numel()))
-
-
-def _run(student: Tensor, **options: Any) -> Callable[[], Any]:
-    leaf = student.detach().requires_grad_()
-    arguments = kd_loss.positional(leaf, **options)  # as KDLoss passes them
-    return lambda: _step(leaf, lambda: kd_loss(*arguments)[0])
-
-
-def _step(leaf: Tensor, loss: Callable[[], Tensor]) -> Tensor:
-    leaf.grad = None  # every step allocates its gradient, as training does
-    value = loss()
-    value.backward()
-    return value
-
-
-def _rivals(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    temperature: float,
-    alpha: float,
-    ignore_index: int,
-    label_smoothing: float,
-    **_: Any,
-) -> dict[str, Callable[[], Any]]:
-    leaf = student.detach().requires_grad_()
-
-    def loss() -> Tensor:
-        log_q, p = F.log_softmax(leaf / temperature, -1), F.softmax(teacher / temperature, -1)
-        soft = F.kl_div(log_q, p, reduction="batchmean") * temperature**2
-        hard = F.cross_entropy(leaf, target, ignore_index=ignore_index, label_smoothing=label_smoothing)
-        return alpha * soft + (1.0 - alpha) * hard
-
-    return {"torch eager": lambda: _step(leaf, loss)}
-
-
 kd_loss = Op(
-    "kd_loss(Tensor student, Tensor teacher, Tensor? target=None, float temperature=1.0, float alpha=1.0, "
-    "int ignore_index=-100, float label_smoothing=0.0, str reduction='mean', bool need_grad=True) -> (Tensor, Tensor)",
+    "kd_loss(Tensor student, Tensor teacher, Tensor? target=None, Tensor? teacher_indices=None, "
+    "Tensor? row_weight=None, Tensor? normalizer=None, str divergence='forward_kl', float beta=0.5, str rest='tail', "
+    "float temperature=1.0, float alpha=1.0, int ignore_index=-100, float label_smoothing=0.0, str reduction='mean', "
+    "bool need_grad=True) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
     kernels={"cpu": Kernel(_cpu, _KERNEL_DTYPES)},
     differentiable=(0,),
     setup_context=_setup_context,
     backward=_backward,
-    samples=_samples,
-    tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3},
-    cost=_cost,
-    run=_run,
-    rivals=_rivals,
+    samples=kd_samples.samples,
+    tolerance={torch.float32: 4e-6, torch.bfloat16: 4e-3},  # ln p - ln q has the last bits of logits, not its own
+    cost=kd_samples.cost,
+    run=lambda student, **options: kd_samples.run(kd_loss, student, **options),
+    rivals=kd_samples.rivals,
 )
-"""``alpha T^2 KL(softmax(teacher/T) || softmax(student/T)) + (1 - alpha) CE(student, target)``, and its gradient.
+"""``alpha D(teacher, student) + (1 - alpha) CE(student, target)``, and its gradient.
 
-- ``student``, ``teacher``: logits [..., classes] of one shape; float32 or bfloat16 each for the kernel, any float dtype
-  for the reference. The teacher counts as a constant.
-- ``target``: integer labels [...], or None if ``alpha`` is 1. Rows with the label ``ignore_index`` count as absent, for
-  both terms. Any other label outside 0 ... classes - 1 raises :class:`ValueError`.
+- ``student``, ``teacher``: logits [..., classes]; float32 or bfloat16 each for the kernel, any float dtype for the
+  reference. The teacher counts as a constant. If one has more classes, the columns that the other lacks are no part of
+  either distribution in D; the cross-entropy has all the student's.
+- ``target``: integer labels [...], or None if ``alpha`` is 1 and ``divergence`` is not dkd. Rows with the label
+  ``ignore_index`` count as absent, for both terms. Any other label that is no class of the student's raises
+  :class:`ValueError`.
+- ``teacher_indices``: integers [..., k]: the teacher is known by its k likeliest classes, and ``teacher`` [..., k] has
+  their log-probabilities at this temperature: see :func:`potstill.ops.top_k`. A class that is given twice has the sum
+  of both probabilities. ``rest`` says what is assumed of the others: "tail", "renormalize" or "partial"
+  (:mod:`potstill.ops.topk`). Only forward_kl and soft_ce are defined.
+- ``row_weight``: [...], a factor of each row's loss; a row of weight 0 is 0, whatever its logits are.
+- ``divergence``: D, with its T^2: a name of :mod:`potstill.ops.divergence`, where the formulas are; ``beta`` is the
+  jsd's teacher's share, or the weight of dkd's non-target part, and means nothing to the others.
+- ``temperature``: T; mse does not depend on it.
 - ``label_smoothing``: as in :func:`torch.nn.functional.cross_entropy`.
-- ``reduction``: "mean" over the rows that count (0 if there are none, where torch gives NaN), "sum", or "none".
+- ``reduction``: "mean" over the rows that are not ignored (0 if there are none, where torch gives NaN), "sum", or
+  "none". ``normalizer``, one number in a tensor, replaces the number of rows in a mean: with that of a whole batch the
+  losses of its parts add up to the batch's, and so do their gradients.
 
 Returns the loss, float32 (float64 if an input is), [] or [...], and the gradient of its sum by ``student``, of its
 shape and dtype and from the same pass: backward only scales it. With ``need_grad=False`` the second result is empty. A
 second derivative is not defined.
 
-A teacher's logit of -inf is a probability of exactly 0 and contributes nothing; a student's -inf where the teacher has
-a probability gives an infinite loss; a NaN, or a row of nothing but -inf, gives NaN.
+A logit of -inf is a probability of exactly 0 and contributes nothing; where the divergence of such a distribution is
+infinite (forward_kl: the teacher has a probability where the student has none) so is the loss. A NaN, or a row of
+nothing but -inf, gives NaN.
 
 >>> student = torch.tensor([[2.0, 0.0, 0.0]], requires_grad=True)
 >>> teacher = torch.tensor([[0.0, 2.0, 0.0]])

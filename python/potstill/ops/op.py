@@ -72,7 +72,7 @@ class Op:
 
     >>> from potstill.ops import OPS
     >>> sorted(OPS)
-    ['add_layer_norm', 'attention', 'int4_linear', 'int8_embedding', 'int8_linear', 'kd_loss']
+    ['add_layer_norm', 'attention', 'int4_linear', 'int8_embedding', 'int8_linear', 'kd_loss', 'linear_kd_loss']
     """
 
     schema: str

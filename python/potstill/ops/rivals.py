@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,12 @@ def dynamic(module: nn.Module, engine: str, *inputs: Tensor) -> Callable[[], Any
         return model(*inputs)
 
     return call
+
+
+def can_compile(x: Tensor) -> bool:
+    """Whether ``torch.compile`` is worth timing: its first call takes seconds, and needs a C++ compiler on a CPU."""
+    compiler = x.device.type != "cpu" or any(shutil.which(name) for name in ("g++", "clang++"))
+    return compiler and x.numel() >= 1 << 15
 
 
 def matmul_nbits(
