@@ -1,4 +1,4 @@
-"""The examples in docstrings and in the README run, and print what they say."""
+"""The examples in docstrings, in the README and in docs/ run, and print what they say."""
 
 import ast
 import doctest
@@ -39,10 +39,16 @@ def test_docstring(path: Path, line: int, text: str, tmp_path: Path, monkeypatch
     assert not complaints, "".join(complaints)
 
 
-README = re.findall(r"```python\n(.*?)```", (SOURCE / "README.md").read_text(), re.DOTALL)
+def pages() -> list[object]:
+    """Each block of Python in README and docs/, on its own."""
+    return [
+        pytest.param(path, code, id=f"{path.name}: {code.strip().splitlines()[-1]}")
+        for path in (SOURCE / "README.md", *sorted((SOURCE / "docs").glob("*.md")))
+        for code in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    ]
 
 
-@pytest.mark.parametrize("code", README, ids=lambda code: code.strip().splitlines()[-1])
-def test_readme(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("path", "code"), pages())
+def test_page(path: Path, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(code, path.name, "exec"), {"__name__": "page"})

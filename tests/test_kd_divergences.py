@@ -420,3 +420,19 @@ def test_same_bits_again_and_with_other_threads(divergence: str) -> None:
 def test_repr() -> None:
     assert repr(KDLoss(divergence="jsd")) == "KDLoss(divergence='jsd', temperature=1.0, alpha=1.0, beta=0.5)"
     assert repr(KDLoss(2.0, rest="partial")) == "KDLoss(temperature=2.0, alpha=1.0, rest='partial')"
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "soft_ce"])
+def test_nan_log_probability_is_seen(divergence: str) -> None:
+    log_probs, indices = torch.tensor([[-0.5, math.nan, -3.0]]), torch.tensor([[4, 7, 9]])
+    for dtype in (torch.float32, torch.float64):
+        value = KDLoss(divergence=divergence)(logits(1, 50).to(dtype), log_probs, teacher_indices=indices)
+        assert value.isnan()
+
+
+def test_probabilities_that_underflow_count_for_nothing() -> None:
+    student, teacher = torch.tensor([[0.0, 1.0, -math.inf]]), torch.tensor([[900.0, 899.0, -900.0]])
+    for dtype in (torch.float32, torch.float64):
+        value = KDLoss()(student.to(dtype), teacher.to(dtype))
+        few = KDLoss()(student[:, :2].to(dtype), teacher[:, :2].to(dtype))
+        torch.testing.assert_close(value, few)

@@ -93,8 +93,8 @@ def _difference(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _expected(log_weight: Tensor, value: Tensor) -> Tensor:
     # Both are masked before they are multiplied: 0 * inf would be a NaN, in the value and in autograd's gradient.
-    absent = log_weight == -math.inf
-    return (log_weight.exp() * value.masked_fill(absent, 0.0)).sum(-1)
+    weight = log_weight.exp()
+    return (weight * value.masked_fill(weight == 0.0, 0.0)).sum(-1)
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:

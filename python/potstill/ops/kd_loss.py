@@ -6,6 +6,7 @@ The loss is that of Hinton, Vinyals and Dean 2015 (section 2), the T^2 included,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -313,6 +314,12 @@ def is_one(x: Tensor) -> bool:
     return x.dim() == 0 and x.item() == 1.0
 
 
+def _run(student: Tensor, **options: Any) -> Callable[[], Any]:
+    leaf = student.detach().requires_grad_()
+    arguments = kd_loss.positional(leaf, **options)  # as KDLoss passes them
+    return lambda: kd_samples.step(leaf, lambda: kd_loss(*arguments)[0])
+
+
 kd_loss = Op(
     "kd_loss(Tensor student, Tensor teacher, Tensor? target=None, Tensor? teacher_indices=None, "
     "Tensor? row_weight=None, Tensor? normalizer=None, str divergence='forward_kl', float beta=0.5, str rest='tail', "
@@ -327,7 +334,7 @@ kd_loss = Op(
     samples=kd_samples.samples,
     tolerance={torch.float32: 4e-6, torch.bfloat16: 4e-3},  # ln p - ln q has the last bits of logits, not its own
     cost=kd_samples.cost,
-    run=lambda student, **options: kd_samples.run(kd_loss, student, **options),
+    run=_run,
     rivals=kd_samples.rivals,
 )
 """``alpha D(teacher, student) + (1 - alpha) CE(student, target)``, and its gradient.

@@ -125,7 +125,12 @@ def _top_k_samples() -> Iterable[Sample]:
                 (3.0, 0.5, "forward_kl"),
             ):
                 label = f"top {k} {rest} {list(shape)} T={temperature:g} alpha={alpha:g} {divergence}"
-                options = {"rest": rest, "temperature": temperature, "alpha": alpha, "divergence": divergence}
+                options: dict[str, Any] = {
+                    "rest": rest,
+                    "temperature": temperature,
+                    "alpha": alpha,
+                    "divergence": divergence,
+                }
                 yield Sample(label, partial(_top_k, shape, k, **options))
         twice = partial(_top_k, (6, 1300), 32, rest=rest, temperature=2.0, alpha=0.6, twice=True)
         yield Sample(f"top 32 {rest} with classes given twice, and some with probability 0", twice)
@@ -174,13 +179,6 @@ def cost(student: Tensor, teacher: Tensor, need_grad: bool = True, **_: Any) -> 
     """Two exponentials of at least 8 multiply-adds, a multiply-add in each of three sums and three gradient terms."""
     moved = student.element_size() * (2 if need_grad else 1) + teacher.element_size()
     return Cost(f32_ops=44.0 * student.numel(), bytes=float(moved * student.numel()))
-
-
-def run(op: Callable[..., Any], student: Tensor, **options: Any) -> Callable[[], Any]:
-    """One step of training: loss and backward, with a fresh gradient."""
-    leaf = student.detach().requires_grad_()
-    positional = op.positional(leaf, **options)  # type: ignore[attr-defined]  # as KDLoss passes them
-    return lambda: step(leaf, lambda: op(*positional)[0])
 
 
 def step(leaf: Tensor, loss: Callable[[], Tensor]) -> Tensor:

@@ -76,8 +76,8 @@ def row_topk_divergences(
     """[..., classes], [..., k], [..., k] -> [...], differentiable by ``student``; T^2 is included."""
     log_q = F.log_softmax(student / temperature, -1)
     p, r, log_q_rest = _parts(log_q, log_probs, indices, rest)
-    value = torch.where(p > 0.0, -p * log_q.masked_fill(p == 0.0, 0.0), 0.0).sum(-1)
-    value = value - torch.where(r > 0.0, r * log_q_rest.masked_fill(r == 0.0, 0.0), 0.0)
+    value = -(p * log_q.masked_fill(p == 0.0, 0.0)).sum(-1)
+    value = value - r * log_q_rest.masked_fill(r == 0.0, 0.0)
     if divergence == "forward_kl":
         value = value + torch.xlogy(p, p).sum(-1) + torch.xlogy(r, r)
     return temperature**2 * value
