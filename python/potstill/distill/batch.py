@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from potstill.distill.features import Features
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,14 @@ class Outputs:
     """What a strategy computes its term from.
 
     ``student`` and ``teacher`` are the models' outputs as they are; ``teacher`` is None where no strategy needs it.
+    ``student_features`` and ``teacher_features`` have what the layers returned that a strategy asked for, by name.
     """
 
     batch: Batch
     student: Any
     teacher: Any
+    student_features: Mapping[str, Tensor] | Features = field(default_factory=dict)
+    teacher_features: Mapping[str, Tensor] | Features = field(default_factory=dict)
 
     @property
     def target(self) -> Tensor:

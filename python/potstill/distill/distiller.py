@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -15,11 +16,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from potstill.distill.batch import Batch, Outputs
+from potstill.distill.features import Features
 from potstill.distill.history import History
-from potstill.distill.loop import Loop, Validate
+from potstill.distill.loop import Loop, Validate, mode
 from potstill.distill.strategies.strategy import Strategy
 
-Weighted = Strategy | tuple[float, Strategy]
+Weight = float | Callable[[int], float]
+Weighted = Strategy | tuple[Weight, Strategy]
 
 
 class Distiller:
@@ -27,7 +30,8 @@ class Distiller:
 
     - ``teacher``: any module, also a quantised one; it is run in evaluation mode without gradients, never changed and
       never saved. None where no strategy needs it.
-    - ``strategies``: a strategy, or a list of strategies or (weight, strategy): the loss is their weighted sum.
+    - ``strategies``: a strategy, or a list of strategies or (weight, strategy): the loss is their weighted sum. A
+      weight is a positive number, or a function of the optimiser step, from 1, that returns one or 0.
     - ``optimizer``: an optimiser over the student's parameters, or what makes one from the list of all parameters of
       the student and the strategies that require a gradient.
     - ``scheduler``: a learning-rate scheduler of that optimiser, or what makes one from it; it is stepped after every
@@ -36,7 +40,10 @@ class Distiller:
       back at its end. A loader's own generator is not seeded.
     - ``accumulate``: micro-batches (items of the loader) per optimiser step. The gradient is that of one large batch:
       each micro-batch counts by its rows whose target is not ignored, and the last group of an epoch may be smaller. A
-      group without any such row takes no step.
+      group without any such row takes no step. (Strategies that relate the examples of a batch to each other see
+      micro-batches; they say so.)
+    - ``sample``: an item of the loader, from which strategies that train projections learn the widths of the layers
+      they connect (needed only if these differ); both models are run on it once, in evaluation mode.
     - ``clip_grad_norm``: largest Euclidean norm of the gradient of all parameters together.
     - ``checkpoint``: a file that is replaced after every epoch, after every ``checkpoint_every`` optimiser steps and on
       Ctrl-C, which waits for the end of the step (a second Ctrl-C does not wait, and saves nothing).
@@ -66,6 +73,7 @@ class Distiller:
         clip_grad_norm: float | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
+        sample: Any = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
@@ -78,6 +86,7 @@ class Distiller:
         self.checkpoint_every = checkpoint_every
         self._check()
         self.device = next(student.parameters()).device
+        self._attach(sample)
         self.strategies.to(self.device)
         self.optimizer = optimizer if isinstance(optimizer, Optimizer) else optimizer(self._trainable())
         self._check_optimizer()
@@ -129,14 +138,16 @@ class Distiller:
             return None
         self.optimizer.zero_grad()
         losses = []
+        weights = self._weights(number)
         for index, batch in enumerate(group):
             # The mean over the rows of the group is the sum of the micro-batches' means, each times its share of rows.
             shares = [counts[index] / max(count, 1) for counts, count in zip(rows, totals, strict=True)]
-            if any(shares):
-                loss = self._loss(batch.to(self.device), shares)
+            factors = [weight * share for weight, share in zip(weights, shares, strict=True)]
+            if any(factors):
+                loss = self._loss(batch.to(self.device), factors)
                 loss.backward()
                 losses.append(loss.detach())
-        return self._update(reduce(add, losses), number)
+        return self._update(reduce(add, losses), number) if losses else None
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of the models and the optimiser; nothing of the teacher."""
@@ -155,17 +166,56 @@ class Distiller:
         if self.scheduler is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
 
-    def _loss(self, batch: Batch, shares: list[float]) -> Tensor:
-        teacher = None
-        if self.teacher is not None and any(strategy.needs_teacher for _, strategy in self.terms):
-            with torch.no_grad():  # not inference_mode: autograd must be able to keep the result for the gradient
-                teacher = batch.feed(self.teacher)
-        outputs = Outputs(batch, batch.feed(self.student), teacher)
+    def _loss(self, batch: Batch, factors: list[float]) -> Tensor:
+        outputs = self._outputs(batch)
         terms = []
-        for (weight, strategy), share in zip(self.terms, shares, strict=True):
-            if share:  # the mean over no rows is NaN
-                terms.append(weight * share * _scalar(strategy, strategy(outputs)))
+        for factor, (_, strategy) in zip(factors, self.terms, strict=True):
+            if factor:  # the mean over no rows is NaN
+                terms.append(factor * _scalar(strategy, strategy(outputs)))
         return reduce(add, terms)
+
+    def _outputs(self, batch: Batch) -> Outputs:
+        output, features = None, None
+        if self.teacher is not None and any(strategy.needs_teacher for _, strategy in self.terms):
+            # no_grad, not inference_mode: autograd must be able to keep the result for the gradient
+            with torch.no_grad(), Features(self.teacher, self._layers(teacher=True)) as features:
+                output = batch.feed(self.teacher)
+        with Features(self.student, self._layers(teacher=False)) as own:
+            student = batch.feed(self.student)
+        return Outputs(batch, student, output, own, {} if features is None else features)
+
+    def _weights(self, number: int) -> list[float]:
+        weights = [float(weight(number)) if callable(weight) else weight for weight, _ in self.terms]
+        if not all(0.0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(
+                f"Distiller: at step {number} the strategies' weights are {weights}; a schedule returns a positive "
+                "number or 0, and one weight at least must be positive"
+            )
+        return weights
+
+    def _layers(self, *, teacher: bool) -> set[str]:
+        lists = (s.teacher_layers() if teacher else s.student_layers() for _, s in self.terms)
+        return {name for names in lists for name in names}
+
+    def _attach(self, sample: Any) -> None:
+        for _, strategy in self.terms:
+            strategy.attach(self.student, self.teacher)
+        if sample is None:
+            needy = [type(strategy).__name__ for _, strategy in self.terms if strategy.needs_sample]
+            if needy:
+                raise ValueError(
+                    f"Distiller: {needy[0]} trains projections of layers, whose widths it learns from a batch; pass "
+                    "one as sample=next(iter(loader))"
+                )
+            return
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for model in (self.student, self.teacher):
+                if model is not None:
+                    stack.enter_context(mode(model, training=False))
+            outputs = self._outputs(Batch.of(sample).to(self.device))
+        for _, strategy in self.terms:
+            strategy.prepare(outputs)
 
     def _update(self, loss: Tensor, number: int) -> float:
         parameters = _parameters(self.optimizer)
@@ -243,7 +293,8 @@ class Distiller:
             "scheduler": type(self.scheduler).__name__,
         }
         for index, (weight, strategy) in enumerate(self.terms):
-            settings[f"strategies[{index}]"] = f"{weight} * {type(strategy).__name__}({strategy.extra_repr()})"
+            factor = "schedule" if callable(weight) else weight
+            settings[f"strategies[{index}]"] = f"{factor} * {type(strategy).__name__}({strategy.extra_repr()})"
         for index, group in enumerate(self.optimizer.param_groups):
             for key, value in group.items():
                 settings[f"optimizer.{key}[{index}]"] = len(value) if key == "params" else repr(value)
@@ -252,18 +303,20 @@ class Distiller:
         return settings
 
 
-def _weighted(strategies: Strategy | Sequence[Weighted]) -> list[tuple[float, Strategy]]:
-    terms = []
+def _weighted(strategies: Strategy | Sequence[Weighted]) -> list[tuple[Weight, Strategy]]:
+    terms: list[tuple[Weight, Strategy]] = []
     for item in (strategies,) if isinstance(strategies, Strategy) else strategies:
         match item:
             case Strategy():
                 terms.append((1.0, item))
             case (int() | float() as weight, Strategy() as strategy) if 0 < weight < math.inf:
                 terms.append((float(weight), strategy))
+            case (weight, Strategy() as strategy) if callable(weight):
+                terms.append((weight, strategy))
             case _:
                 raise TypeError(
-                    f"Distiller: strategies holds {item!r}; expected a Strategy, or a tuple of a positive weight and a "
-                    "Strategy"
+                    f"Distiller: strategies holds {item!r}; expected a Strategy, or a tuple of a weight (a positive "
+                    "number, or a function of the step) and a Strategy"
                 )
     if not terms:
         raise ValueError("Distiller: strategies is empty; pass at least one, such as SoftTargets()")

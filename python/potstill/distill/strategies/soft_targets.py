@@ -16,7 +16,8 @@ class SoftTargets(Strategy):
     """alpha T² KL(teacher || student) at temperature T, plus (1 - alpha) times the cross-entropy with the target.
 
     Logits [..., classes] of both models, target [...] of class numbers; rows whose target is ``ignore_index`` count for
-    nothing. The loss is :class:`potstill.nn.KDLoss`: fused, forward and gradient in one.
+    nothing. The loss is :class:`potstill.nn.KDLoss`: fused, forward and gradient in one; ``divergence`` and ``beta``
+    put another divergence in the KL's place, as it explains.
     Hinton, Vinyals and Dean 2015, section 2.
 
     >>> import torch
@@ -28,14 +29,30 @@ class SoftTargets(Strategy):
     """
 
     def __init__(
-        self, temperature: float = 4.0, alpha: float = 0.9, *, ignore_index: int = -100, label_smoothing: float = 0.0
+        self,
+        temperature: float = 4.0,
+        alpha: float = 0.9,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        divergence: str = "forward_kl",
+        beta: float | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
         self.alpha = alpha
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
-        self._loss = KDLoss(temperature, alpha, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        self.divergence = divergence
+        self.beta = beta
+        self._loss = KDLoss(
+            temperature,
+            alpha,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            divergence=divergence,
+            beta=beta,
+        )
 
     def forward(self, outputs: Outputs) -> Tensor:
         """The mean over the valid rows."""
@@ -44,9 +61,13 @@ class SoftTargets(Strategy):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {
+        found: dict[str, Any] = {
             "temperature": self.temperature,
             "alpha": self.alpha,
             "ignore_index": self.ignore_index,
             "label_smoothing": self.label_smoothing,
         }
+        # Only where it is chosen: checkpoints of runs that could not choose must resume.
+        if self.divergence != "forward_kl":
+            found |= {"divergence": self.divergence, "beta": self.beta}
+        return found

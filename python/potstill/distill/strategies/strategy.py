@@ -28,7 +28,26 @@ class Strategy(nn.Module, ABC):
     """
 
     needs_teacher: ClassVar[bool] = True
+    needs_sample: ClassVar[bool] = False
     ignore_index: int = -100
+
+    def attach(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Called once, before training, with the models: finds the layers whose names :meth:`student_layers` gives."""
+
+    def student_layers(self) -> list[str]:
+        """Names of the student's modules whose outputs ``forward`` finds in ``outputs.student_features``."""
+        return []
+
+    def teacher_layers(self) -> list[str]:
+        """The same of the teacher's."""
+        return []
+
+    def prepare(self, outputs: Outputs) -> None:
+        """Called once, after :meth:`attach`, with the outputs of one batch: makes what depends on their shapes.
+
+        Such as projections where the widths differ. It is called if the Distiller gets a ``sample``, which a strategy
+        with ``needs_sample`` cannot do without.
+        """
 
     @abstractmethod
     def forward(self, outputs: Outputs) -> Tensor:
