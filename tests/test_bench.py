@@ -24,6 +24,7 @@ def tiny_samples() -> list[Sample]:
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
 def test_every_op_can_be_benched(op: Op):
     samples = list(op.samples("bench"))
     assert samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 import potstill
 from potstill import _C, cli
 from potstill.errors import ConversionError
-from potstill.ops import OPS
+from potstill.ops import OPS, kd_samples, linear_kd_samples
 from potstill.report import bench
 from potstill.report.measure import Ceilings, Level
 
@@ -75,6 +76,40 @@ def test_bench_kd_loss(tmp_path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     assert [row["label"] for row in rows] == ["rows=4 classes=11 T=3", "rows=4 classes=12 T=3"]
     assert all(row["op"] == "kd_loss" for row in rows)
+
+
+@pytest.mark.usefixtures("quick")
+def test_bench_linear_kd_loss(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ("--rows", "4", "--hidden", "8", "--hidden", "9", "--classes", "11", "--threads", "2")
+    result = call("bench", "linear-kd-loss", *arguments, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    record = json.loads(path.read_text())
+    labels = ["rows=4 hidden=8 classes=11", "rows=4 hidden=9 classes=11"]
+    assert [row["label"] for row in record["rows"]] == labels
+    assert all(row["op"] == "linear_kd_loss" for row in record["rows"])
+    assert all(label in result.stdout for label in labels)
+    assert record["memory"] == []
+    assert "memory" not in result.stdout
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("sizes", [("kd-loss",), ("linear-kd-loss", "--hidden", "8")], ids=lambda sizes: sizes[0])
+def test_bench_with_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[str, ...]) -> None:
+    for samples in (kd_samples, linear_kd_samples):
+        monkeypatch.setattr(samples, "can_compile", lambda _: False)  # which takes many seconds
+    path = tmp_path / "rows.json"
+    result = call("bench", *sizes, "--rows", "256", "--classes", "8000", "--memory", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    [peaks] = json.loads(path.read_text())["memory"]
+    assert peaks["op"] == sizes[0].replace("-", "_")
+    logits = 256 * 8000 * 4
+    assert set(peaks["extra"]) == {"ours", "torch eager"}
+    assert peaks["extra"]["torch eager"] > 3 * logits
+    assert peaks["extra"]["ours"] < 2.5 * logits  # kd_loss needs none; here all rows are one chunk
+    assert f"peak memory of {peaks['op']}" in result.stdout
+    assert f"{peaks['extra']['torch eager'] / 2**20:.0f}" in result.stdout
 
 
 @pytest.mark.parametrize("make", [cli._linear(2, 8, 4), cli._logits(2, 8, 1.5)], ids=lambda sample: sample.label)

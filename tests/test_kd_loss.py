@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch import Tensor
 from potstill import _C
 from potstill.nn import KDLoss
 from potstill.ops import kd_loss
+from potstill.ops.op import gpu_function
 
 
 @pytest.fixture(params=_C.isas())
@@ -384,3 +386,17 @@ def test_peak_memory_is_one_gradient() -> None:
     slack = 8 << 20  # scratch is 12 bytes per class and thread; the rest is the interpreter's and autograd's
     assert quiet <= slack
     assert gradient <= extra <= gradient + slack
+
+
+def test_without_triton_a_gpu_takes_the_reference_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "triton" else found(name))
+    gpu_function.cache_clear()
+    student, teacher = logits(3, 20), logits(3, 20, seed=1)
+    kernel = kd_loss.kernels["cuda"]
+    with pytest.warns(RuntimeWarning, match="Triton is not installed"):
+        value, _ = kernel.function(student, teacher)
+    assert torch.equal(value, kd_loss.reference(student, teacher)[0])
+    kernel.function(student, teacher)  # once is enough: pytest makes errors of warnings
+    assert kd_loss.backend("cuda", torch.float32) == ("reference", "the cuda kernel needs triton; pip install triton")
+    gpu_function.cache_clear()

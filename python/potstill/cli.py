@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,11 +17,13 @@ from typer.core import TyperGroup
 
 import potstill
 from potstill.errors import PotstillError
-from potstill.ops import OPS
+from potstill.ops import OPS, kd_samples, linear_kd_samples
 from potstill.ops.op import Sample
 from potstill.report import bench
 from potstill.report.machine import backends, machine
 from potstill.report.measure import ceilings
+from potstill.report.memory import bench_memory
+from potstill.report.memory import table as memory_table
 
 
 class _Commands(TyperGroup):
@@ -39,6 +42,10 @@ bench_app = typer.Typer(no_args_is_help=True, help="Time an op on your shapes ag
 app.add_typer(bench_app, name="bench")
 
 Sizes = list[int]
+Memory = Annotated[
+    bool, typer.Option("--memory", help="Measure each contestant's peak memory too, in a process of its own (slow).")
+]
+_TOKENS, _VOCABULARY = [512], [32_000]
 _ROWS, _FEATURES, _LOGITS, _CLASSES, _THREADS = [1, 32, 128], [768], [64], [1000, 32_000], [1]
 
 
@@ -114,24 +121,51 @@ def bench_kd_loss(
     ] = _CLASSES,
     temperature: Annotated[float, typer.Option(help="The softmax's temperature, above 0.")] = 2.0,
     threads: Annotated[Sizes, typer.Option(min=1, help="Threads; repeat for several.")] = _THREADS,
+    memory: Memory = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
 ) -> None:
     """Time the distillation loss with its gradient, for every combination of the sizes given."""
     samples = [_logits(r, c, temperature) for r, c in product(rows, classes)]
-    _bench("kd_loss", samples, threads, json)
+    _bench("kd_loss", samples, threads, json, memory)
 
 
-def _bench(name: str, samples: list[Sample], threads: Iterable[int], path: Path | None) -> None:
+@bench_app.command("linear-kd-loss")
+def bench_linear_kd_loss(
+    rows: Annotated[Sizes, typer.Option("--rows", min=1, help="Rows (tokens); repeat for several.")] = _TOKENS,
+    hidden: Annotated[
+        Sizes, typer.Option("--hidden", min=1, help="Features of the hidden states; repeat for several.")
+    ] = _FEATURES,
+    classes: Annotated[
+        Sizes, typer.Option("--classes", min=2, help="Classes (the vocabulary); repeat for several.")
+    ] = _VOCABULARY,
+    temperature: Annotated[float, typer.Option(help="The softmax's temperature, above 0.")] = 2.0,
+    threads: Annotated[Sizes, typer.Option(min=1, help="Threads; repeat for several.")] = _THREADS,
+    memory: Memory = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
+) -> None:
+    """Time the distillation loss of a linear head, matrix products and all gradients included.
+
+    For every combination of the sizes given. Student and teacher have heads of the same shape.
+    """
+    samples = [linear_kd_samples.bench_sample(*sizes, temperature) for sizes in product(rows, hidden, classes)]
+    _bench("linear_kd_loss", samples, threads, json, memory)
+
+
+def _bench(name: str, samples: list[Sample], threads: Iterable[int], path: Path | None, memory: bool = False) -> None:
     console = Console()
-    measured, rows = [], []
+    measured, rows, peaks = [], [], []
     for count in threads:
         limits = ceilings(count)
         found = bench.bench_op(OPS[name], samples, count, limits=limits)
         console.print(bench.table(f"{name} in milliseconds ({limits.isa}, threads: {count})", found))
         measured.append(limits)
         rows += found
+        if memory:
+            needed = bench_memory(OPS[name], samples, count)
+            console.print(memory_table(f"peak memory of {name} (threads: {count})", needed))
+            peaks += needed
     if path is not None:
-        bench.Results(measured, rows, {}).save(path)
+        bench.Results(measured, rows, {}, peaks).save(path)
         console.print(Text(f"Written: {path}"))
 
 
@@ -148,19 +182,7 @@ def _linear(m: int, k: int, n: int) -> Sample:
 
 
 def _logits(rows: int, classes: int, temperature: float) -> Sample:
-    def make() -> dict[str, Any]:
-        random = torch.Generator().manual_seed(0)
-        student, teacher = (torch.randn(rows, classes, generator=random).mul_(3) for _ in range(2))
-        target = torch.randint(classes, (rows,), generator=random)
-        weights = {"temperature": temperature, "alpha": 0.7, "ignore_index": -100, "label_smoothing": 0.0}
-        return {
-            "student": student,
-            "teacher": teacher,
-            "target": target,
-            "reduction": "mean",
-            "need_grad": True,
-        } | weights
-
+    make = partial(kd_samples.arguments, (rows, classes), temperature=temperature, alpha=0.7, ignored=0.0)
     return Sample(f"rows={rows} classes={classes} T={temperature:g}", make)
 
 

@@ -22,8 +22,8 @@ class LinearKDLoss(DistillationLoss):
     student and teacher nearly agree. Frozen hidden states or weights cost no gradient, and rows that do not count cost
     nothing on a CPU.
 
-    ``max_memory_bytes`` is the memory for a chunk's logits, from which the rows per chunk follow (see
-    :data:`potstill.ops.linear_kd_loss`; None: 64 MiB, or 256 rows if they are more; 1 GiB on a GPU). More is faster.
+    ``max_memory_bytes`` is the memory for a chunk's logits, from which its rows follow; more is faster. None leaves the
+    choice to :data:`potstill.ops.linear_kd_loss`, which says how it chooses.
     The other options are those of :class:`KDLoss`; ``reduction`` is "mean" or "sum".
 
     Call it inside the ``forward`` of the module that holds the head: there FSDP2 has gathered its weight.

