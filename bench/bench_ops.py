@@ -40,6 +40,7 @@ GOALS = (
     Goal("kd_loss", "torch eager", 7.0, "rows=256 classes=32000"),
     *(Goal("kd_loss", "torch.compile", 1.0, f"rows=256 classes=32000 T=2 {name}") for name in DIVERGENCES[1:]),
     Goal("kd_loss", "torch.compile", 3.0, "rows=256 classes=32000"),
+    Goal("linear_kd_loss", "products alone", 1 / 1.15, "rows=512 hidden"),
 )
 MOST_CALL_OVERHEAD = 1.5  # Int8Linear's time over nn.Linear's where the layer itself costs nothing
 

@@ -86,6 +86,7 @@ def main(rank: int, meeting: str, path: str) -> None:
         found["outside"] = str(error)
     with open(path, "w") as file:
         json.dump(found, file)
+    dist.barrier()  # a rank that leaves while the other still talks to it aborts now and then
     dist.destroy_process_group()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potstill.ops.divergence import DIVERGENCES
 from potstill.ops.op import Cost, Sample
-from potstill.ops.rivals import can_compile
+from potstill.ops.rivals import can_compile, compiled
 from potstill.ops.topk import REST, top_k
 
 _BENCH_SHAPES = ((64, 1000, 2.0), (256, 32000, 2.0), (256, 32000, 4.0), (512, 128256, 2.0))
@@ -198,13 +198,9 @@ def rivals(student: Tensor, teacher: Tensor, **options: Any) -> dict[str, Callab
     rest = [options[name] for name in names]
     found: dict[str, Callable[[], Any]] = {"torch eager": lambda: step(leaf, lambda: plain_loss(leaf, teacher, *rest))}
     if can_compile(student):
-        found["torch.compile"] = lambda: step(leaf, lambda: _compiled()(leaf, teacher, *rest))
+        fast = compiled(plain_loss)
+        found["torch.compile"] = lambda: step(leaf, lambda: fast(leaf, teacher, *rest))
     return found
-
-
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(plain_loss, dynamic=False)
 
 
 def plain_loss(

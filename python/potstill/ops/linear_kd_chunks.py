@@ -27,10 +27,10 @@ from potstill.ops.memory import empty
 Head = Callable[[Tensor], Tensor]
 Part = slice | Tensor  # some of the flattened rows
 
-_MEMORY = {"cpu": 48 << 20}  # for a chunk's logits, unless the caller decides
+_MEMORY = {"cpu": 32 << 20}  # for a chunk's logits, unless the caller decides
 _MEMORY_ELSEWHERE = 1 << 30
 _ROWS = 256  # with fewer, a CPU's matrix products lose a fifth of their speed and more to bringing W in
-_SHARE = 3 / 8  # of all rows: two chunks of logits are then an eighth of the six times all rows' that autograd needs
+_SHARE = 1 / 4  # of all rows: logits of both sides are then a twelfth of the six times all rows' that autograd needs
 _KNOWN = ("cpu",)  # where values can be looked at without waiting
 _WIDE_PRODUCTS = ("cuda",)  # where torch.mm takes out_dtype
 _BLOCK = 16 << 20  # bytes of a half-precision weight's widened part and of 256 rows' logits; 4 MiB cost twice the time
@@ -287,7 +287,7 @@ class _Linear:
         if self.block == len(self.weight) and not self.native:
             _, w = next(self._blocks())
             if _onednn_takes(x, w):
-                return _onednn(x, w, self.bias)  # fresh memory; that of the chunk before is free again
+                return _onednn(x, w, self.bias)  # fresh, where malloc may use the memory of the chunk before, or not
         if self.logits is None:
             self.logits = empty((len(x), len(self.weight)), self.dtype, x.device)
         out = self.logits[: len(x)]

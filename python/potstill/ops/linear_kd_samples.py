@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from potstill.ops.divergence import DIVERGENCES
 from potstill.ops.kd_samples import plain_loss
 from potstill.ops.op import Cost, Sample
-from potstill.ops.rivals import can_compile
+from potstill.ops.rivals import can_compile, compiled
 from potstill.ops.topk import REST, top_k
 
 _BENCH_SHAPES = ((256, 64, 32000), (512, 768, 32000), (512, 1024, 32000), (512, 768, 50257))
@@ -181,15 +181,27 @@ def rivals(**arguments: Any) -> dict[str, Callable[[], Any]]:
         "torch eager": lambda: step(leaves.values(), lambda: materialised(**given)),
     }
     if can_compile(values["student"]):
-        found["torch.compile"] = lambda: step(leaves.values(), lambda: _compiled()(**given))
+        fast = compiled(materialised)
+        found["torch.compile"] = lambda: step(leaves.values(), lambda: fast(**given))
     if values["alpha"] == 0.0 and hasattr(F, "linear_cross_entropy"):  # since torch 2.13
         found["F.linear_cross_entropy"] = lambda: step(leaves.values(), lambda: _torch_chunked(values))
+    if values["teacher_weight"] is not None:
+        found["products alone"] = _products(**arguments)
     return found
 
 
-@cache
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(materialised, dynamic=False)
+def _products(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, **_: Any) -> Callable[[], Any]:
+    # No rival: what the loss cannot be faster than, with whole matrices, in memory that is there already.
+    logits, d_student, d_weight = student.new_empty(len(student), len(weight)), student.clone(), weight.clone()
+    teacher_logits = student.new_empty(len(teacher), len(teacher_weight))
+
+    def multiply() -> None:
+        torch.mm(student, weight.t(), out=logits)
+        torch.mm(teacher, teacher_weight.t(), out=teacher_logits)
+        torch.mm(logits, weight, out=d_student)
+        torch.mm(logits.t(), student, out=d_weight)
+
+    return multiply
 
 
 def materialised(

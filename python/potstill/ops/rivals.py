@@ -47,6 +47,12 @@ def can_compile(x: Tensor) -> bool:
     return compiler and x.numel() >= 1 << 15
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` under ``torch.compile``, for one shape; those compiled before start anew: only eight are kept."""
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def matmul_nbits(
     x: Tensor, integers: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group: int
 ) -> dict[str, Callable[[], Any]]:
