@@ -22,25 +22,27 @@ from potstill.report.measure import ceilings
 class Goal:
     """``op`` takes at most 1 / ``factor`` of the time of each rival whose name starts with ``rival``.
 
-    It counts where a sample's label starts with ``label``; the first goal that fits a rival counts.
+    It counts where a sample's label starts with ``label``, and if ``threads`` is given for so many; the first goal that
+    fits a rival counts.
     """
 
     op: str
     rival: str
     factor: float
     label: str = ""
+    threads: int | None = None
 
 
 GOALS = (
     Goal("int8_linear", "quantize_dynamic", 1.0),
-    Goal("kd_loss", "torch eager", 10.0, "rows=64 classes=1000"),
-    Goal("kd_loss", "torch eager", 15.0, "rows=512 classes=128256"),
-    Goal("kd_loss", "torch.compile", 6.0, "rows=512 classes=128256"),
-    *(Goal("kd_loss", "torch eager", 6.0, f"rows=256 classes=32000 T=2 {name}") for name in DIVERGENCES[1:]),
-    Goal("kd_loss", "torch eager", 7.0, "rows=256 classes=32000"),
+    Goal("kd_loss", "torch eager", 10.0, "rows=64 classes=1000", 2),
+    Goal("kd_loss", "torch eager", 15.0, "rows=512 classes=128256", 2),
+    Goal("kd_loss", "torch.compile", 6.0, "rows=512 classes=128256", 2),
+    *(Goal("kd_loss", "torch eager", 6.0, f"rows=256 classes=32000 T=2 {name}", 2) for name in DIVERGENCES[1:]),
+    Goal("kd_loss", "torch eager", 7.0, "rows=256 classes=32000", 2),
     *(Goal("kd_loss", "torch.compile", 1.0, f"rows=256 classes=32000 T=2 {name}") for name in DIVERGENCES[1:]),
-    Goal("kd_loss", "torch.compile", 3.0, "rows=256 classes=32000"),
-    Goal("linear_kd_loss", "products alone", 1 / 1.15, "rows=512 hidden"),
+    Goal("kd_loss", "torch.compile", 3.0, "rows=256 classes=32000", 2),
+    Goal("linear_kd_loss", "products alone", 1 / 1.15, "rows=512 hidden", 2),
 )
 MOST_CALL_OVERHEAD = 1.5  # Int8Linear's time over nn.Linear's where the layer itself costs nothing
 
@@ -101,7 +103,8 @@ def _missed(rows: Iterable[BenchRow]) -> Iterable[str]:
 
 
 def _goals_of(row: BenchRow) -> Iterable[Goal]:
-    fitting = [goal for goal in GOALS if goal.op == row.op and row.label.startswith(goal.label)]
+    here = [goal for goal in GOALS if goal.op == row.op and goal.threads in (None, row.threads)]
+    fitting = [goal for goal in here if row.label.startswith(goal.label)]
     return {goal.rival: goal for goal in reversed(fitting)}.values()  # the first of a rival counts
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import sys
 from functools import partial
 
 import pytest
-import torch
 from rich.console import Console
 
 from potstill.ops import OPS
@@ -19,20 +19,25 @@ from potstill.report.memory import Peaks, bench_memory, table
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def test_what_a_call_keeps_only_while_it_runs_counts() -> None:
-    size = 24 << 20
+_CALLS = """
+import torch
+from potstill.report.memory import _extra
 
-    def needs_twice() -> None:
-        torch.ones(2 * size, dtype=torch.int8)
+kept = []
 
-    assert 1.9 * size < memory._extra(needs_twice) < 2.3 * size
-    kept: list[torch.Tensor] = []
+def replaces():
+    kept.clear()
+    kept.append(torch.ones(40 << 20, dtype=torch.int8))
 
-    def replaces() -> None:
-        kept.clear()
-        kept.append(torch.ones(size, dtype=torch.int8))
+print(_extra(lambda: torch.ones(80 << 20, dtype=torch.int8).sum()), _extra(replaces))
+"""
 
-    assert memory._extra(replaces) < 0.1 * size  # as it replaces a gradient by the next
+
+def test_what_a_call_needs_only_while_it_runs_counts() -> None:
+    done = subprocess.run([sys.executable, "-c", _CALLS], capture_output=True, text=True, check=True)
+    temporary, replaced = map(int, done.stdout.split())
+    assert 79 << 20 < temporary < 90 << 20
+    assert replaced < 4 << 20  # as a step replaces the gradient of the one before
 
 
 def test_failure_names_the_contestant() -> None:
