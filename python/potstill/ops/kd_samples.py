@@ -19,6 +19,22 @@ from potstill.ops.topk import REST, top_k
 _BENCH_SHAPES = ((64, 1000, 2.0), (256, 32000, 2.0), (256, 32000, 4.0), (512, 128256, 2.0))
 
 
+OPTIONS: dict[str, Any] = {
+    "teacher_indices": None,
+    "row_weight": None,
+    "normalizer": None,
+    "divergence": "forward_kl",
+    "beta": 0.5,
+    "rest": "tail",
+    "temperature": 1.0,
+    "alpha": 1.0,
+    "ignore_index": -100,
+    "label_smoothing": 0.0,
+    "reduction": "mean",
+}
+"""What the losses share, in the order of their schemas."""
+
+
 def arguments(
     shape: tuple[int, ...],
     student: torch.dtype = torch.float32,
@@ -35,17 +51,7 @@ def arguments(
         "student": torch.randn(shape, generator=random).mul_(3.0).to(student),
         "teacher": torch.randn((*shape[:-1], teacher_classes or shape[-1]), generator=random).mul_(3.0).to(teacher),
         "target": target,
-        "teacher_indices": None,
-        "row_weight": None,
-        "normalizer": None,
-        "divergence": "forward_kl",
-        "beta": 0.5,
-        "rest": "tail",
-        "temperature": 1.0,
-        "alpha": 1.0,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-        "reduction": "mean",
+        **OPTIONS,
         "need_grad": True,
     } | options
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.ops.divergence import DIVERGENCES
-from potstill.ops.kd_samples import plain_loss
+from potstill.ops.kd_samples import OPTIONS, plain_loss
 from potstill.ops.op import Cost, Sample
 from potstill.ops.rivals import can_compile, compiled
 from potstill.ops.topk import REST, top_k
@@ -49,17 +49,7 @@ def arguments(
         "target": target,
         "bias": normal(classes) if biases else None,
         "teacher_bias": normal(from_classes) if biases else None,
-        "teacher_indices": None,
-        "row_weight": None,
-        "normalizer": None,
-        "divergence": "forward_kl",
-        "beta": 0.5,
-        "rest": "tail",
-        "temperature": 1.0,
-        "alpha": 1.0,
-        "ignore_index": -100,
-        "label_smoothing": 0.0,
-        "reduction": "mean",
+        **OPTIONS,
         "max_memory_bytes": None,
         "need_hidden_grad": True,
         "need_weight_grad": True,
