@@ -13,11 +13,6 @@ namespace {
 constexpr int64_t kLogitsPerTask = 1 << 13;        // some microseconds
 constexpr int64_t kMinLogitsForThreads = 1 << 14;  // about 10 us of one core; a fork and join take about 2
 
-// What a divergence makes of a row's sums: its value, and its terms of the gradient, those of Factors and at the label.
-struct Soft {
-  double value = 0, s = 0, pull = 0, label = 0;
-};
-
 template <Divergence D, Hard H>
 class KdRows {
   static constexpr bool kLogits = D != Divergence::top_k;  // of the teacher

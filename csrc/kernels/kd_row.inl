@@ -115,6 +115,11 @@ struct RowSums {
   double log_z_1 = 0;
 };
 
+// What a divergence makes of a row's sums: its value, and its terms of the gradient, those of Factors and at the label.
+struct Soft {
+  double value = 0, s = 0, pull = 0, label = 0;
+};
+
 // The gradient's factors for one block.
 struct Factors {
   float s, pull, one, constant;
