@@ -108,7 +108,7 @@ def test_bench_with_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size
     assert {"ours", "torch eager"} <= set(peaks["extra"])
     assert peaks["extra"]["torch eager"] > 3.5 * logits
     # kd_loss needs none; here all rows are one chunk, on both sides, and malloc may keep half as much again.
-    assert peaks["extra"]["ours"] < 3.5 * logits
+    assert peaks["extra"]["ours"] < 3.0 * logits
     assert f"peak memory of {peaks['op']}" in result.stdout
     assert f"{peaks['extra']['torch eager'] / 2**20:.0f}" in result.stdout
 

@@ -230,8 +230,8 @@ Of the logits only a chunk of rows exists at a time, and their gradient overwrit
   of them, classes' also where rows of given ones are copied; bfloat16 on a GPU takes 2 classes more). None stands for
   32 MiB on a CPU and 1 GiB elsewhere, or for what 256 rows take, or 1/4 of all rows if they are fewer, if that is more.
   Beyond it there are the gradients; for half-precision weights a float32 sum of the weight's gradient and about 16 MiB
-  for widened parts of each weight; and on a CPU up to half as much again where malloc finds no place between what is in
-  use. Fewer chunks are faster: each reads both weights, and reads and writes the weight's gradient.
+  for widened parts of each weight; and on a CPU up to as much again where malloc finds no place between what is
+  in use. Fewer chunks are faster: each reads both weights, and reads and writes the weight's gradient.
 - ``need_hidden_grad``, ``need_weight_grad``, ``need_bias_grad``: a gradient that is not needed is not computed.
 
 Everything is computed in float32 (float64 if an input is), also for bfloat16 and float16 inputs and under autocast.

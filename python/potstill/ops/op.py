@@ -23,11 +23,13 @@ OPS: dict[str, Op] = {}
 class Sample:
     """Named arguments of an op, for its tests and its benchmarks.
 
-    ``label`` tells the shapes; ``make`` builds the arguments anew, always the same numbers.
+    ``label`` tells the shapes; ``make`` builds the arguments anew, always the same numbers. ``slack`` is a factor of
+    the op's tolerance, where these numbers lose more digits than others.
     """
 
     label: str
     make: Callable[[], dict[str, Any]]
+    slack: float = 1.0
 
 
 @dataclass(frozen=True)
