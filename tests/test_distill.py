@@ -16,6 +16,7 @@ from tests.distill_runs import (
     CLASSES,
     FEATURES,
     Matching,
+    Runner,
     StopError,
     Teacher,
     adam,
@@ -31,7 +32,7 @@ from tests.distill_runs import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from potstill.distill import STRATEGIES, Distiller, Epoch, HardLabels, History, SoftTargets, Strategy, register
+from potstill.distill import STRATEGIES, Epoch, HardLabels, History, SoftTargets, Strategy, register
 from potstill.nn import Int8Linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +58,7 @@ def gradient(sizes: list[int], target: Tensor, dtype: torch.dtype) -> tuple[Tens
     student, teacher = mlp().to(dtype), mlp(seed=9).to(dtype)
     batches = list(zip(x.split(sizes), target.split(sizes), strict=True))
     strategies = [SoftTargets(3.0, 0.6, label_smoothing=0.1), (0.5, HardLabels()), (0.1, SquaredLogits())]
-    one_step = Distiller(teacher, student, strategies, optimizer=sgd, accumulate=len(sizes))
+    one_step = Runner(teacher, student, strategies, optimizer=sgd, accumulate=len(sizes))
     history = one_step.fit(batches, 1)
     assert history.step == 1
     return torch.cat([p.grad.flatten() for p in student.parameters()]), history.losses[0]
@@ -82,13 +83,13 @@ def test_a_group_without_rows_takes_no_step() -> None:
     x, y = data(8).tensors
     ignored = torch.full_like(y, -100)
     student = mlp()
-    history = Distiller(None, student, HardLabels(), optimizer=sgd).fit([(x, ignored), (x, y), (x, ignored)], 1)
+    history = Runner(None, student, HardLabels(), optimizer=sgd).fit([(x, ignored), (x, y), (x, ignored)], 1)
     alone = mlp()
-    Distiller(None, alone, HardLabels(), optimizer=sgd).fit([(x, y)], 1)
+    Runner(None, alone, HardLabels(), optimizer=sgd).fit([(x, y)], 1)
     assert history.step == 1
     assert equal(student, alone)
     with pytest.raises(ValueError, match="epoch 1 had 1 batches but no target that counts"):
-        Distiller(None, student, HardLabels(), optimizer=sgd).fit([(x, ignored)], 1)
+        Runner(None, student, HardLabels(), optimizer=sgd).fit([(x, ignored)], 1)
 
 
 def test_tail_of_an_epoch_is_a_smaller_group() -> None:
@@ -109,7 +110,7 @@ def test_teacher_and_modes_are_untouched(tmp_path: Path) -> None:
     teacher.register_forward_hook(lambda module, _, __: modes.add((module[3].training, torch.is_grad_enabled())))
     student.register_forward_hook(lambda module, _, __: modes.add((module[3].training, torch.is_grad_enabled())))
     path = tmp_path / "run.pt"
-    Distiller(teacher, student, SoftTargets(), optimizer=sgd, checkpoint=path).fit(loader(), 1)
+    Runner(teacher, student, SoftTargets(), optimizer=sgd, checkpoint=path).fit(loader(), 1)
     assert modes == {(False, False), (True, True)}
     assert equal(teacher, before)
     assert [m.training for m in teacher.modules()] == [m.training for m in before.modules()]
@@ -138,7 +139,7 @@ def test_int8_teacher() -> None:
     losses = []
     for one in (teacher, fast):
         student = mlp(hidden=16)
-        losses.append(Distiller(one, student, SoftTargets(2.0, 1.0), optimizer=adam).fit(loader(), 10).epochs)
+        losses.append(Runner(one, student, SoftTargets(2.0, 1.0), optimizer=adam).fit(loader(), 10).epochs)
     assert losses[1][-1].loss < 0.5 * losses[1][0].loss
     assert losses[1][-1].loss == pytest.approx(losses[0][-1].loss, rel=0.2)
     assert equal(fast, before)
@@ -165,9 +166,9 @@ def test_student_learns_digits_from_the_teacher_alone(digits: tuple[TensorDatase
     teacher = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     student = nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
     batches = DataLoader(train, batch_size=60, shuffle=True)
-    taught = Distiller(None, teacher, HardLabels(), optimizer=adam).fit(batches, 15, accuracy)
+    taught = Runner(None, teacher, HardLabels(), optimizer=adam).fit(batches, 15, accuracy)
     assert taught.epochs[-1].validation["value"] > 0.94
-    history = Distiller(teacher, student, SoftTargets(3.0, alpha=1.0), optimizer=adam).fit(batches, 15, accuracy)
+    history = Runner(teacher, student, SoftTargets(3.0, alpha=1.0), optimizer=adam).fit(batches, 15, accuracy)
     assert history.epochs[-1].loss < 0.1 * history.epochs[0].loss
     assert history.epochs[-1].validation["value"] > 0.88  # chance is 0.1; the student saw no label
     with torch.no_grad():
@@ -180,7 +181,7 @@ def test_student_learns_digits_from_the_teacher_alone(digits: tuple[TensorDatase
 
 def first_loss(strategies: Any) -> float:
     batches = [data(8).tensors]
-    return Distiller(mlp(seed=9), mlp(), strategies, optimizer=sgd).fit(batches, 1).losses[0]
+    return Runner(mlp(seed=9), mlp(), strategies, optimizer=sgd).fit(batches, 1).losses[0]
 
 
 def test_the_loss_is_the_weighted_sum_of_the_strategies() -> None:
@@ -197,7 +198,7 @@ def test_soft_targets_is_hintons_loss_also_of_sequences() -> None:
     y = torch.randint(CLASSES, (2, 5))
     y[0, :3] = -1
     teacher, student = mlp(seed=9), mlp()
-    run = Distiller(teacher, student, SoftTargets(3.0, 0.8, ignore_index=-1), optimizer=sgd)
+    run = Runner(teacher, student, SoftTargets(3.0, 0.8, ignore_index=-1), optimizer=sgd)
     with torch.no_grad():
         s, t = mlp()(x)[y != -1], teacher(x)[y != -1]
     soft = nn.functional.kl_div((s / 3).log_softmax(-1), (t / 3).softmax(-1), reduction="batchmean")
@@ -207,7 +208,7 @@ def test_soft_targets_is_hintons_loss_also_of_sequences() -> None:
 
 def test_a_teacher_that_no_strategy_needs_is_not_run() -> None:
     teacher = Teacher()
-    Distiller(teacher, mlp(), HardLabels(), optimizer=sgd).fit(loader(), 1)
+    Runner(teacher, mlp(), HardLabels(), optimizer=sgd).fit(loader(), 1)
     assert teacher.calls == 0
 
 
@@ -265,7 +266,7 @@ class Attribute:
 def test_inputs_and_outputs(inputs: Any, output: Any) -> None:
     x, y = data(8).tensors
     batches = [(*inputs(x, x + 1), y)]
-    history = Distiller(Named(output), Named(output), SoftTargets(), optimizer=adam).fit(batches, 20)
+    history = Runner(Named(output), Named(output), SoftTargets(), optimizer=adam).fit(batches, 20)
     assert history.epochs[-1].loss < history.epochs[0].loss
 
 
@@ -273,10 +274,10 @@ def test_inputs_and_outputs(inputs: Any, output: Any) -> None:
 def test_outputs_without_logits(output: Any) -> None:
     x, y = data(8).tensors
     for teacher, student, name in ((Named(output), Named(lambda o: o), "teacher"), (mlp(), Named(output), "student")):
-        run = Distiller(teacher, student, SoftTargets(), optimizer=sgd)
+        run = Runner(teacher, student, SoftTargets(), optimizer=sgd)
         batch = (x, x, y) if name == "teacher" else ({"first": x, "second": x}, y)
         if name == "student":
-            run = Distiller(None, student, HardLabels(), optimizer=sgd)
+            run = Runner(None, student, HardLabels(), optimizer=sgd)
         with pytest.raises(TypeError, match=f"the {name} returned a .*; expected a tensor of logits"):
             run.fit([batch], 1)
 
@@ -292,11 +293,11 @@ def test_outputs_without_logits(output: Any) -> None:
 )
 def test_items_without_a_target(item: Any, shown: str) -> None:
     with pytest.raises(TypeError, match=f"the loader yielded {shown}; it must yield"):
-        Distiller(None, mlp(), HardLabels(), optimizer=sgd).fit([item], 1)
+        Runner(None, mlp(), HardLabels(), optimizer=sgd).fit([item], 1)
 
 
 def test_empty_and_exhausted_loaders() -> None:
-    run = Distiller(None, mlp(), HardLabels(), optimizer=sgd)
+    run = Runner(None, mlp(), HardLabels(), optimizer=sgd)
     with pytest.raises(ValueError, match="no batch in epoch 1; it must not be empty"):
         run.fit([], 1)
     with pytest.raises(ValueError, match=r"no batch in epoch 2; .*iterable again .*not an iterator"):
@@ -350,7 +351,7 @@ def test_validate_is_called_in_evaluation_mode() -> None:
 
 
 def test_history_is_a_plain_record() -> None:
-    run = distiller(scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 6, gamma=0.1))
+    run = distiller(schedule=lambda o: torch.optim.lr_scheduler.StepLR(o, 6, gamma=0.1))
     history = run.fit(loader(), 2, lambda _: {"accuracy": np.float32(0.5), "loss": torch.tensor(2.0)})
     assert history.step == len(history.losses) == 12
     assert [epoch.loss for epoch in history.epochs] == [
@@ -360,14 +361,20 @@ def test_history_is_a_plain_record() -> None:
     assert [epoch.lr for epoch in history.epochs] == [pytest.approx(0.002), pytest.approx(0.0002)]
     assert all(epoch.seconds > 0 for epoch in history.epochs)
     assert history.epochs[0] == Epoch(
-        1, 6, history.epochs[0].loss, 0.02 * 0.1, history.epochs[0].seconds, {"accuracy": 0.5, "loss": 2.0}
+        epoch=1,
+        step=6,
+        loss=history.epochs[0].loss,
+        lr=0.02 * 0.1,
+        seconds=history.epochs[0].seconds,
+        validation={"accuracy": 0.5, "loss": 2.0},
+        terms=history.epochs[0].terms,
     )
     assert History.from_dict(json.loads(json.dumps(history.to_dict()))) == history
 
 
 def test_clip_grad_norm() -> None:
     student, limit = mlp(), 1e-3
-    Distiller(None, student, HardLabels(), optimizer=sgd, clip_grad_norm=limit).fit([data(8).tensors], 1)
+    Runner(None, student, HardLabels(), optimizer=sgd, clip_grad_norm=limit).fit([data(8).tensors], 1)
     norm = torch.cat([p.grad.flatten() for p in student.parameters()]).norm()
     assert float(norm) == pytest.approx(limit, rel=1e-3)
     before = mlp().state_dict()
@@ -379,7 +386,7 @@ def test_sparse_gradients() -> None:
     student = nn.Sequential(nn.Embedding(20, CLASSES, sparse=True))
     ids, y = torch.tensor([1, 1, 7]), torch.tensor([0, 1, 2])
     before = student[0].weight.detach().clone()
-    Distiller(None, student, HardLabels(), optimizer=lambda p: torch.optim.SparseAdam(p, lr=0.1)).fit([(ids, y)], 1)
+    Runner(None, student, HardLabels(), optimizer=lambda p: torch.optim.SparseAdam(p, lr=0.1)).fit([(ids, y)], 1)
     changed = (student[0].weight.detach() != before).any(1)
     assert changed.nonzero().flatten().tolist() == [1, 7]
 
@@ -393,7 +400,7 @@ class PerRow(Strategy):
 
 def test_a_term_must_be_a_scalar() -> None:
     with pytest.raises(ValueError, match=r"PerRow returned a tensor of shape \[8\]; expected a scalar"):
-        Distiller(None, mlp(), PerRow(), optimizer=sgd).fit([data(8).tensors], 1)
+        Runner(None, mlp(), PerRow(), optimizer=sgd).fit([data(8).tensors], 1)
 
 
 class RootOfZero(Strategy):
@@ -410,11 +417,12 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
     bad = x.clone()
     bad[3, 2] = float("inf")
     path, student = tmp_path / "run.pt", mlp()
-    run = Distiller(mlp(seed=9), student, SoftTargets(), optimizer=adam, checkpoint=path, checkpoint_every=2)
-    with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan .*lower the learning rate"):
+    run = Runner(mlp(seed=9), student, SoftTargets(), optimizer=adam, checkpoint=path, checkpoint_every=2)
+    where = r"step 3: batch 3 of epoch 1 \(the last good checkpoint is .*run.pt\): the loss is nan \(SoftTargets nan\)"
+    with pytest.raises(FloatingPointError, match=where):
         run.fit([(x, y), (x, y), (bad, y)], 1)
     good = mlp()
-    Distiller(mlp(seed=9), good, SoftTargets(), optimizer=adam).fit([(x, y), (x, y)], 1)
+    Runner(mlp(seed=9), good, SoftTargets(), optimizer=adam).fit([(x, y), (x, y)], 1)
     assert equal(student, good)
     saved = torch.load(path, weights_only=True)
     assert len(saved["history"]["losses"]) == 2
@@ -423,8 +431,9 @@ def test_non_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
 
 def test_non_finite_gradient_stops_before_the_update() -> None:
     student = mlp()
-    with pytest.raises(FloatingPointError, match="step 1: the loss is 0 and the norm of its gradient nan"):
-        Distiller(None, student, RootOfZero(), optimizer=sgd).fit([data(8).tensors], 1)
+    where = r"step 1: batch 1 of epoch 1: the loss is 0 \(RootOfZero 0\) and the norm of its gradient nan"
+    with pytest.raises(FloatingPointError, match=where):
+        Runner(None, student, RootOfZero(), optimizer=sgd).fit([data(8).tensors], 1)
     assert equal(student, mlp())
 
 
@@ -446,25 +455,32 @@ SHARED = mlp()
         ({"checkpoint": "x.pt", "checkpoint_every": 0}, ValueError, "checkpoint_every is 0 and checkpoint is x.pt"),
         ({"checkpoint": "no/such/folder/x.pt"}, FileNotFoundError, "its folder does not exist"),
         ({"student": nn.Identity()}, ValueError, "a parameter that requires a gradient"),
-        ({"optimizer": sgd(list(mlp().parameters()))}, ValueError, "holds no parameter of the student"),
+        ({"optimizer": lambda _: sgd(list(mlp().parameters()))}, ValueError, "holds no parameter of the student"),
+        ({"optimizer": sgd(list(mlp().parameters()))}, ValueError, "optimizer is SGD; expected one of adamw, adam, s"),
+        ({"optimizer": "lion"}, ValueError, "optimizer is 'lion'; expected one of adamw, adam, sgd, or a function"),
+        ({"precision": "fp8"}, ValueError, "precision is 'fp8'; expected one of float32, bf16$"),
+        ({"schedule": "step"}, ValueError, "schedule is 'step'; expected one of constant, linear, cosine, or"),
+        ({"lr": -1.0}, ValueError, "lr is -1.0; expected a number of at least 0"),
+        ({"ema": 1.0}, ValueError, "ema is 1.0; expected a decay between 0 and 1"),
+        ({"steps": 3}, ValueError, "epochs is 1 and steps is 3; give one of both"),
         (
             {"teacher": SHARED, "student": SHARED},
             ValueError,
             r"holds 0.weight, a parameter of the teacher \(4 in all\)",
         ),
         (
-            {"strategies": Matching(), "student": SHARED, "optimizer": sgd(list(SHARED.parameters()))},
+            {"strategies": Matching(), "student": SHARED, "optimizer": lambda _: sgd(list(SHARED.parameters()))},
             ValueError,
             "does not hold the strategies' parameters 0.map.weight, 0.map.bias",
         ),
-        ({"scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau}, TypeError, "waits for a metric"),
-        ({"scheduler": cosine(sgd(list(mlp().parameters())))}, ValueError, "belongs to another optimiser"),
+        ({"schedule": torch.optim.lr_scheduler.ReduceLROnPlateau}, TypeError, "waits for a metric"),
+        ({"schedule": lambda _: cosine(sgd(list(mlp().parameters())))}, ValueError, "belongs to another optimiser"),
     ],
 )
 def test_arguments_that_do_not_fit(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     settings = {"teacher": mlp(9), "student": mlp(), "strategies": SoftTargets(), "optimizer": sgd, **changes}
     with pytest.raises(error, match=message):
-        Distiller(**settings)
+        Runner(**settings).fit(loader(), 1)
 
 
 def test_epochs_must_be_positive() -> None:
@@ -472,11 +488,12 @@ def test_epochs_must_be_positive() -> None:
         distiller().fit(loader(), 0)
 
 
-def test_optimiser_and_scheduler_instances() -> None:
+def test_optimiser_made_beforehand() -> None:
     student, factory = mlp(), mlp()
     optimizer = adam(list(student.parameters()))
-    x = Distiller(mlp(9), student, SoftTargets(), optimizer=optimizer, scheduler=cosine(optimizer)).fit(loader(), 2)
-    y = Distiller(mlp(9), factory, SoftTargets(), optimizer=adam, scheduler=cosine).fit(loader(), 2)
+    given = {"optimizer": lambda _: optimizer, "schedule": lambda _: cosine(optimizer)}
+    x = Runner(mlp(9), student, SoftTargets(), **given).fit(loader(), 2)
+    y = Runner(mlp(9), factory, SoftTargets(), optimizer=adam, schedule=cosine).fit(loader(), 2)
     assert equal(student, factory)
     assert x.losses == y.losses
 

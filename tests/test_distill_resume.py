@@ -193,7 +193,7 @@ def test_a_strategys_parameters_are_trained_and_resumed(tmp_path: Path) -> None:
         ({"student": mlp(norm=True).double()}, r"torch.float64 \[8, 6\] here; .*; and 3 more\. Use"),
         ({"optimizer": sgd}, "optimizer is AdamW in the checkpoint, SGD here"),
         ({"optimizer": lambda p: torch.optim.AdamW(p, lr=0.03)}, r"optimizer.initial_lr\[0\] is 0.02 .* 0.03 here"),
-        ({"scheduler": None}, "scheduler is CosineAnnealingLR in the checkpoint, NoneType here"),
+        ({"schedule": "constant"}, "scheduler is CosineAnnealingLR in the checkpoint, NoneType here"),
         ({"strategies": SoftTargets(2.0, 0.7)}, r"strategies\[1\] is 0.5 \* HardLabels.*absent here"),
         ({"strategies": [SoftTargets(3.0, 0.7), (0.5, HardLabels())]}, "temperature=2.0.*temperature=3.0"),
         ({"seed": 4}, "seed is 3 in the checkpoint, 4 here"),

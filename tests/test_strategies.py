@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.distill_runs import StopError, equal
+from tests.distill_runs import Runner, StopError, equal
 from tests.strategy_cases import (
     CASES,
     CLASSES,
@@ -29,7 +29,6 @@ from potstill.distill import (
     AttentionRelations,
     Batch,
     Contrastive,
-    Distiller,
     HardLabels,
     HiddenStates,
     LayerStrategy,
@@ -236,7 +235,7 @@ def accumulated(name: str, kind: str, sizes: list[int]) -> tuple[Tensor, float]:
     ends = torch.tensor(sizes).cumsum(0).tolist()
     batches = [part(item, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
     torch.manual_seed(3)
-    run = Distiller(
+    run = Runner(
         teacher, student, strategy_of(name, kind), optimizer=sgd, accumulate=len(sizes), sample=item_of(kind)
     )
     losses = run.fit(batches, 1, quiet=True).losses
@@ -283,11 +282,11 @@ def test_a_resumed_run_is_bit_identical(name: str, kind: str, tmp_path: Path) ->
     make_item = token_item if kind == "tokens" else map_item
     items = [make_item(5, seed) for seed in range(4)]
 
-    def distiller(path: Path | None, seed: int) -> Distiller:
+    def distiller(path: Path | None, seed: int) -> Runner:
         torch.manual_seed(seed)  # of the projections
         student, teacher = models(kind)
         terms = [strategy_of(name, kind), (0.5, HardLabels())]
-        return Distiller(
+        return Runner(
             teacher, student, terms, optimizer=adam, accumulate=2, checkpoint=path, checkpoint_every=1, sample=items[0]
         )
 
@@ -306,7 +305,7 @@ def test_a_resumed_run_is_bit_identical(name: str, kind: str, tmp_path: Path) ->
 @by_layered
 def test_projections_are_trained(name: str, kind: str) -> None:
     student, teacher = models(kind)
-    run = Distiller(teacher, student, strategy_of(name, kind), optimizer=adam, sample=item_of(kind))
+    run = Runner(teacher, student, strategy_of(name, kind), optimizer=adam, sample=item_of(kind))
     before = copy.deepcopy(run.strategies)
     losses = run.fit([item_of(kind)] * 30, 1, quiet=True).losses
     assert losses[-1] < losses[0]
@@ -317,17 +316,17 @@ def test_projections_are_trained(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["hidden_states", "gram"])
 def test_without_a_sample_widths_must_be_the_same(name: str) -> None:
-    run = Distiller(*models("tokens"), strategy_of(name, "tokens"), optimizer=adam)
+    run = Runner(*models("tokens"), strategy_of(name, "tokens"), optimizer=adam)
     with pytest.raises(ValueError, match=r"'embed' returned 6 features and the teacher's 'embed' 4; pass Distiller"):
         run.fit([token_item()], 1)
-    same = Distiller(*models("tokens", 6, 6), strategy_of(name, "tokens"), optimizer=adam)
+    same = Runner(*models("tokens", 6, 6), strategy_of(name, "tokens"), optimizer=adam)
     assert same.fit([token_item()], 1).losses[0] > 0.0
     assert not list(same.strategies.parameters())
 
 
 def test_contrastive_needs_a_sample() -> None:
     with pytest.raises(ValueError, match=r"Contrastive trains projections of layers, .*pass one as sample="):
-        Distiller(*models("tokens"), Contrastive("embed"), optimizer=adam)
+        Runner(*models("tokens"), Contrastive("embed"), optimizer=adam)
 
 
 # --- layers by name
@@ -349,10 +348,10 @@ class Failing(TokenNet):
 
 def test_hooks_are_removed_also_after_an_exception() -> None:
     item, (student, teacher) = token_item(), models("tokens")
-    Distiller(teacher, student, HiddenStates("*"), optimizer=adam, sample=item).fit([item], 1)
+    Runner(teacher, student, HiddenStates("*"), optimizer=adam, sample=item).fit([item], 1)
     assert hooks(student, teacher) == 0
     failing = seeded(lambda: Failing(4), 1)
-    run = Distiller(teacher, failing, HiddenStates(["query", "key"]), optimizer=adam, sample=item)
+    run = Runner(teacher, failing, HiddenStates(["query", "key"]), optimizer=adam, sample=item)
     with pytest.raises(StopError):
         run.fit([item], 1)
     assert hooks(failing, teacher) == 0

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.distill_runs import CLASSES, FEATURES, data, mlp, sgd
+from tests.distill_runs import CLASSES, FEATURES, Runner, data, mlp, sgd
 from torch import Tensor, nn
 
-from potstill.distill import Distiller, HardLabels, HiddenStates, SoftTargets, Teachers, schedules
+from potstill.distill import HardLabels, HiddenStates, SoftTargets, Teachers, schedules
 
 
 class Says(nn.Module):
@@ -73,7 +73,7 @@ def test_a_student_learns_from_all_and_from_the_layers_of_one() -> None:
     x, y = data(8).tensors
     first, second, student = mlp(seed=9), mlp(seed=8), mlp()
     strategies = [SoftTargets(2.0, 1.0), HiddenStates("0", "models.1.0")]
-    run = Distiller(Teachers([first, second], temperature=2.0), student, strategies, optimizer=sgd)
+    run = Runner(Teachers([first, second], temperature=2.0), student, strategies, optimizer=sgd)
     with torch.no_grad():
         mean = ((first(x) / 2).softmax(-1) + (second(x) / 2).softmax(-1)) / 2
         soft = 4 * (mean * (mean.log() - (mlp()(x) / 2).log_softmax(-1))).sum(-1).mean()
@@ -152,9 +152,9 @@ def test_a_strategy_joins_and_another_leaves() -> None:
     batches = [data(8).tensors] * 4
     terms = [(schedules.until(2), HardLabels()), (schedules.after(2, 2.0), SoftTargets(2.0, 1.0))]
     teacher, student = mlp(seed=9), mlp()
-    losses = Distiller(teacher, student, terms, optimizer=sgd).fit(batches, 1).losses
+    losses = Runner(teacher, student, terms, optimizer=sgd).fit(batches, 1).losses
     again, x = mlp(), data(8).tensors[0]
-    alone = Distiller(None, again, HardLabels(), optimizer=sgd).fit(batches[:2], 1).losses
+    alone = Runner(None, again, HardLabels(), optimizer=sgd).fit(batches[:2], 1).losses
     assert losses[:2] == alone
     with torch.no_grad():
         p = (teacher(x) / 2).softmax(-1)
@@ -166,6 +166,6 @@ def test_a_strategy_joins_and_another_leaves() -> None:
 def test_schedules_return_weights(weight: float) -> None:
     student, batch = nn.Linear(4, 3), (torch.randn(8, 4), torch.randint(3, (8,)))
     term = (lambda step: 1.0 if step < 3 else weight), HardLabels()
-    run = Distiller(None, student, [term], optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    run = Runner(None, student, [term], optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     with pytest.raises(ValueError, match=r"at step 3 the strategies' weights are \["):
         run.fit([batch] * 5, epochs=1, quiet=True)

@@ -15,7 +15,7 @@ from potstill.demo.data import Images, digits, mnist
 
 @dataclass(frozen=True)
 class Training:
-    """A schedule: AdamW with the learning rate going up to ``lr`` and down to zero in one cycle (Smith 2018)."""
+    """A schedule: AdamW, whose learning rate rises to ``lr`` and falls to zero along a cosine."""
 
     epochs: int
     batch: int

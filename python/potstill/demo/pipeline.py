@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR
 
 from potstill.checkpoint import save
 from potstill.demo.data import Batches, Images
 from potstill.demo.evaluate import BATCHES, gain, latencies, logits, parameters, score
 from potstill.demo.models import TASKS, Task, Training
 from potstill.demo.reload import in_fresh_process
-from potstill.distill import Distiller, HardLabels, History, SoftTargets, Strategy
+from potstill.distill import Distiller, HardLabels, History, SoftTargets, Strategy, TrainingPlan
 from potstill.report.machine import machine
 from potstill.report.render import page
 from potstill.transform import Int8, quantize_
@@ -128,17 +126,9 @@ class _Bench:
             torch.manual_seed(self.seed)
             model = build()
         batches = Batches(self.images, training.batch, self.task.shift)
-        steps = training.epochs * len(batches)
-        distiller = Distiller(
-            teacher,
-            model,
-            strategy,
-            optimizer=lambda parameters: AdamW(parameters, training.lr, weight_decay=0.01),
-            scheduler=lambda optimizer: OneCycleLR(optimizer, training.lr, total_steps=steps),
-            seed=self.seed,
-            checkpoint=self.out / f"{name}.pt",
-        )
-        history = distiller.fit(batches, training.epochs, self._validate)
+        plan = TrainingPlan(epochs=training.epochs, lr=training.lr, warmup=0.3, clip_grad_norm=None, seed=self.seed)
+        checkpoint = self.out / f"{name}.pt"
+        history = Distiller(teacher, model, strategy).fit(batches, plan, self._validate, checkpoint=checkpoint)
         return model.eval(), history
 
     def _validate(self, model: nn.Module) -> dict[str, float]:

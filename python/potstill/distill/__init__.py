@@ -2,9 +2,11 @@
 
 from potstill.distill import schedules
 from potstill.distill.batch import Batch, Outputs
+from potstill.distill.callbacks import Callback, Run
 from potstill.distill.distiller import Distiller
 from potstill.distill.history import Epoch, History
 from potstill.distill.initialise import Initialisation, initialise
+from potstill.distill.plan import EarlyStopping, TrainingPlan
 from potstill.distill.strategies import (
     DIST,
     STRATEGIES,
@@ -31,8 +33,10 @@ __all__ = [
     "AttentionRelations",
     "AttentionTransfer",
     "Batch",
+    "Callback",
     "Contrastive",
     "Distiller",
+    "EarlyStopping",
     "Epoch",
     "Gram",
     "HardLabels",
@@ -44,10 +48,12 @@ __all__ = [
     "Outputs",
     "ProjectedStrategy",
     "Relational",
+    "Run",
     "Similarity",
     "SoftTargets",
     "Strategy",
     "Teachers",
+    "TrainingPlan",
     "initialise",
     "register",
     "schedules",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,31 @@ from torch import Tensor, nn
 from potstill.distill.features import Features
 
 
+class Indexed(NamedTuple):
+    """An item of a data set, or of a loader, and its place in that data set: an integer, or a tensor of them."""
+
+    item: Any
+    index: Any
+
+
+class TopK(NamedTuple):
+    """What is known of a teacher by its k likeliest classes, as :func:`potstill.ops.top_k` makes it.
+
+    Log-probabilities at ``temperature``, float32, and the numbers of their classes, int64: [..., k] each.
+    """
+
+    log_probs: Tensor
+    indices: Tensor
+    temperature: float
+
+
 @dataclass(frozen=True)
 class Batch:
     """One item of a loader: the models' arguments, and the target.
 
     ``(x, target)`` calls ``model(x)``, ``(a, b, target)`` calls ``model(a, b)``; an only input that is a tuple or list
-    is spread over the positional arguments, one that is a mapping over the keyword arguments.
+    is spread over the positional arguments, one that is a mapping over the keyword arguments. Of an :class:`Indexed`
+    item ``index`` has the examples' places in their data set, on the CPU; otherwise it is None.
 
     >>> batch = Batch.of(({"ids": torch.zeros(2, 3), "mask": torch.ones(2, 3)}, torch.tensor([0, 1])))
     >>> sorted(batch.kwargs), batch.target
@@ -27,10 +46,13 @@ class Batch:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     target: Tensor
+    index: Tensor | None = None
 
     @classmethod
     def of(cls, item: Any) -> Batch:
         """Takes a loader's item apart; raises :class:`TypeError` if it is not a sequence that ends in a target."""
+        if isinstance(item, Indexed):
+            return replace(cls.of(item.item), index=item.index)
         if not isinstance(item, (tuple, list)) or len(item) < 2 or not isinstance(item[-1], Tensor):
             raise TypeError(
                 f"Distiller: the loader yielded {_describe(item)}; it must yield (input, target) or "
@@ -44,8 +66,8 @@ class Batch:
         return cls(tuple(inputs), {}, target)
 
     def to(self, device: torch.device) -> Batch:
-        """The same with every tensor on ``device``, also those inside tuples, lists and dictionaries."""
-        return Batch(_move(self.args, device), _move(self.kwargs, device), self.target.to(device, non_blocking=True))
+        """The same with the arguments' tensors and the target on ``device``, also those inside containers."""
+        return mapped(self, lambda x: x.to(device, non_blocking=True))
 
     def feed(self, model: nn.Module) -> Any:
         """The model's output for these inputs."""
@@ -90,6 +112,11 @@ def logits(output: Any, model: str) -> Tensor:
     >>> logits({"loss": None, "logits": torch.tensor([1.0, 2.0])}, "student")
     tensor([1., 2.])
     """
+    if isinstance(output, TopK):
+        raise TypeError(
+            f"Distiller: of the {model} only the {output.indices.shape[-1]} likeliest classes were cached, but a strategy "
+            "needs all logits; SoftTargets and strategies on layers do not. Cache with top_k=None for others"
+        )
     found = output
     if isinstance(output, Mapping):
         found = output.get("logits")
@@ -105,15 +132,21 @@ def logits(output: Any, model: str) -> Tensor:
     return found
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with ``function`` applied to every tensor, also those inside tuples, lists and dictionaries."""
+    args, kwargs = _map(batch.args, function), _map(batch.kwargs, function)
+    return replace(batch, args=args, kwargs=kwargs, target=function(batch.target))
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return function(value)
     if isinstance(value, Mapping):
-        return {key: _move(item, device) for key, item in value.items()}
+        return {key: _map(item, function) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        moved = [_move(item, device) for item in value]
+        items = [_map(item, function) for item in value]
         make = getattr(type(value), "_make", type(value))  # a named tuple takes its fields one by one
-        return make(moved)
+        return make(items)
     return value
 
 

@@ -13,7 +13,8 @@ class Epoch:
 
     ``epoch`` counts from 1; ``step`` is the number of optimiser steps taken by its end; ``loss`` the mean of its steps'
     losses; ``lr`` the first parameter group's learning rate at its end; ``seconds`` the time it took, validation
-    included; ``validation`` what ``validate`` returned (a single number is filed under ``"value"``).
+    included; ``validation`` what ``validate`` returned (a single number is filed under ``"value"``); ``terms`` what
+    each strategy, times its weight, contributed to the loss.
     """
 
     epoch: int
@@ -22,6 +23,7 @@ class Epoch:
     lr: float
     seconds: float
     validation: dict[str, float]
+    terms: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -12,16 +12,20 @@ import torch
 
 from potstill.errors import CheckpointError
 
-_FORMAT = "potstill.distill/1"
+_FORMAT = "potstill.distill/2"
 _KEYS = {
     "settings",
     "student",
     "strategies",
     "optimizer",
     "scheduler",
+    "average",
+    "best",
     "history",
     "batches",
     "seconds",
+    "terms",
+    "stopped",
     "epoch_start",
     "now",
 }

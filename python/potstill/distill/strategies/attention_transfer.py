@@ -23,12 +23,12 @@ class AttentionTransfer(LayerStrategy):
 
     >>> import torch
     >>> from torch import nn
-    >>> from potstill.distill import Distiller
+    >>> from potstill.distill import Distiller, TrainingPlan
     >>> teacher = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 3))
     >>> student = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 36, 3))
     >>> batch = torch.randn(16, 1, 8, 8), torch.randint(3, (16,))
-    >>> run = Distiller(teacher, student, AttentionTransfer("0"), optimizer=torch.optim.Adam)
-    >>> losses = run.fit([batch] * 20, epochs=1).losses
+    >>> run = Distiller(teacher, student, AttentionTransfer("0"))
+    >>> losses = run.fit([batch] * 20, TrainingPlan(epochs=1)).losses
     >>> losses[-1] < losses[0]
     True
     """

@@ -37,12 +37,12 @@ class Contrastive(LayerStrategy):
     gradient is not that of one large batch.
     Tian et al. 2020, "Contrastive representation distillation", section 3.
 
-    >>> from potstill.distill import Distiller
+    >>> from potstill.distill import Distiller, TrainingPlan
     >>> teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> student = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> batch = torch.randn(16, 4), torch.randint(3, (16,))
-    >>> run = Distiller(teacher, student, Contrastive("1"), optimizer=torch.optim.Adam, sample=batch)
-    >>> losses = run.fit([batch] * 20, epochs=1).losses
+    >>> run = Distiller(teacher, student, Contrastive("1"), sample=batch)
+    >>> losses = run.fit([batch] * 20, TrainingPlan(epochs=1)).losses
     >>> losses[-1] < losses[0]
     True
     """

@@ -28,13 +28,13 @@ class Gram(ProjectedStrategy):
     trained for each layer: see :class:`ProjectedStrategy`, and pass ``sample`` to the Distiller.
     Yim et al. 2017, "A gift from knowledge distillation", equations 1 and 2.
 
-    >>> from potstill.distill import Distiller
+    >>> from potstill.distill import Distiller, TrainingPlan
     >>> def network(width):
     ...     maps = nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3)
     ...     return nn.Sequential(*maps, nn.Flatten(), nn.Linear(width * 16, 3))
     >>> batch = torch.randn(16, 1, 8, 8), torch.randint(3, (16,))
-    >>> run = Distiller(network(8), network(4), Gram(("0", "2")), optimizer=torch.optim.Adam, sample=batch)
-    >>> losses = run.fit([batch] * 20, epochs=1).losses
+    >>> run = Distiller(network(8), network(4), Gram(("0", "2")), sample=batch)
+    >>> losses = run.fit([batch] * 20, TrainingPlan(epochs=1)).losses
     >>> losses[-1] < losses[0]
     True
     """

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill.distill.batch import Outputs
+from potstill.distill.strategies.shapes import widened
 from potstill.distill.strategies.strategy import Strategy, register
 
 
@@ -30,7 +31,7 @@ class HardLabels(Strategy):
 
     def forward(self, outputs: Outputs) -> Tensor:
         """The mean over the valid rows."""
-        logits = outputs.student_logits
+        logits = widened(outputs.student_logits)
         return F.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             outputs.target.flatten(),

@@ -33,12 +33,12 @@ class Relational(LayerStrategy):
     Park et al. 2019, "Relational knowledge distillation", equations 5 to 10.
 
     >>> from torch import nn
-    >>> from potstill.distill import Distiller
+    >>> from potstill.distill import Distiller, TrainingPlan
     >>> teacher = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     >>> student = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     >>> batch = torch.randn(16, 4), torch.randint(3, (16,))
-    >>> run = Distiller(teacher, student, Relational("1"), optimizer=torch.optim.Adam)
-    >>> losses = run.fit([batch] * 20, epochs=1).losses
+    >>> run = Distiller(teacher, student, Relational("1"))
+    >>> losses = run.fit([batch] * 20, TrainingPlan(epochs=1)).losses
     >>> losses[-1] < losses[0]
     True
     """

@@ -1,0 +1,147 @@
+"""Data parallel training: each process takes its rows of every batch."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from potstill.distill.batch import Batch, mapped
+
+_BUCKET = 1 << 23  # numbers that are summed at once: 32 MiB of float32
+
+
+class Processes:
+    """The processes of torch's default group, or this one alone.
+
+    All of them iterate over the same batches, and each computes the gradient of its contiguous share of the rows; the
+    sum over the processes, weighted by the rows that count, is the gradient of the whole batch. So a run gives the same
+    result on any number of processes, but for the order of sums; strategies that relate the examples of a batch to each
+    other, and batch normalisation, see a process's share. Random numbers inside the models differ from process to
+    process.
+
+    >>> alone = Processes(torch.device("cpu"))
+    >>> alone.rank, alone.world
+    (0, 1)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        alone = not (dist.is_available() and dist.is_initialized())
+        self.rank, self.world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
+
+    @classmethod
+    @contextmanager
+    def joined(cls, device: torch.device) -> Iterator[Processes]:
+        """Under ``torchrun`` the default group is made, if it is not there, and ended afterwards."""
+        start = (
+            dist.is_available()
+            and not dist.is_initialized()
+            and dist.is_torchelastic_launched()
+            and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        )
+        if start:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield cls(device)
+        finally:
+            if start:
+                dist.destroy_process_group()
+
+    def share(self, batch: Batch) -> Batch:
+        """This process's rows of a batch: those of every tensor whose first size is that of the target."""
+        if self.world == 1:
+            return batch
+        if not batch.target.dim():
+            raise ValueError("Distiller: the target is a scalar, which cannot be split over processes; make it a row")
+        rows = len(batch.target)
+        first, last = rows * self.rank // self.world, rows * (self.rank + 1) // self.world
+        mine = mapped(batch, lambda x: x[first:last] if x.dim() and len(x) == rows else x)
+        return mine if batch.index is None else replace(mine, index=batch.index[first:last])
+
+    def check_same(self, group: Sequence[Batch]) -> None:
+        """Raises :class:`RuntimeError` on every process if their loaders yielded different targets."""
+        if self.world == 1:
+            return
+        code = 0
+        for batch in group:
+            code = zlib.crc32(batch.target.detach().cpu().contiguous().numpy().tobytes(), code)
+        bounds = torch.tensor([code, -code], dtype=torch.int64, device=self._device)
+        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+        if int(bounds[0]) != -int(bounds[1]):
+            raise RuntimeError(
+                "Distiller.fit: the loaders of the processes yield different batches. Every process gets the same "
+                "loader, seeded alike and without a DistributedSampler; the rows of each batch are split here"
+            )
+
+    def random(self, seed: int, step: int) -> Any:
+        """A context in which torch's generators differ from process to process, and after which they are as before."""
+        return nullcontext() if self.world == 1 else self._forked(seed, step)
+
+    @contextmanager
+    def _forked(self, seed: int, step: int) -> Iterator[None]:
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed((seed * self.world + self.rank) * 1_000_003 + step)
+            yield
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces each gradient by its sum over the processes; one that is missing counts as 0."""
+        if self.world == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
+        for gradients in by_dtype.values():
+            for bucket in _buckets(gradients):
+                flat = torch.cat([gradient.flatten() for gradient in bucket])
+                dist.all_reduce(flat)
+                parts = flat.split([gradient.numel() for gradient in bucket])
+                for gradient, part in zip(bucket, parts, strict=True):
+                    gradient.copy_(part.view_as(gradient))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' values."""
+        if self.world == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.int64, device=self._device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def first(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The values of the first process; the names must be the same on all."""
+        if self.world == 1 or not values:
+            return dict(values)
+        found = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
+        dist.broadcast(found, 0)
+        return dict(zip(values, found.tolist(), strict=True))
+
+    def equalise(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the first one's numbers."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and sum(map(Tensor.numel, bucket)) + gradient.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    yield bucket
