@@ -7,6 +7,8 @@ import os
 import random
 import signal
 import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -209,5 +211,43 @@ def be_killed(moment: str, path: str) -> None:
     distiller(teacher, Path(path), checkpoint_every=1).fit(loader(), EPOCHS, noisy_validation)
 
 
+KILLS = 20
+LONG = 25  # epochs
+
+
+def be_killed_again_and_again(path: str) -> None:
+    """The run of LONG epochs in child processes, each killed at a random moment and followed by the next."""
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    assert _child(path + ".whole", None)
+    whole, kills = time.perf_counter() - begin, 0
+    chance = random.Random(4)
+    while not _child(path, chance.uniform(0.0, 1.6 * whole / KILLS) if kills < KILLS else None):
+        kills += 1
+    print(kills)
+
+
+def _child(path: str, seconds: float | None) -> bool:
+    """Whether a child came to the end of the run; it has so many seconds."""
+    pid = os.fork()
+    if not pid:
+        try:
+            distiller(None, Path(path), checkpoint_every=1).fit(loader("augmented"), LONG, noisy_validation)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)  # of a child that has ended already nothing is killed
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit("a child failed")
+    return os.WIFEXITED(status)
+
+
 if __name__ == "__main__":
-    be_killed(*sys.argv[1:])
+    if sys.argv[1] == "again and again":
+        be_killed_again_and_again(sys.argv[2])
+    else:
+        be_killed(*sys.argv[1:])

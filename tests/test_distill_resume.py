@@ -97,6 +97,47 @@ def test_killed_run_resumes(moment: str, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
 
 
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    command = [sys.executable, distill_runs.__file__, "again and again", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == distill_runs.KILLS
+    expected, history = uninterrupted("augmented", distill_runs.LONG)
+    for name in ("run.pt", "run.pt.whole"):
+        run = distiller(None, tmp_path / name, checkpoint_every=1)
+        assert timeless(run.fit(loader("augmented"), distill_runs.LONG, noisy_validation)) == timeless(history)
+        assert equal(run.student, expected)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_finishes_the_step_saves_and_exits(tmp_path: Path) -> None:
+    path, found = tmp_path / "run.pt", signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        distiller(Teacher(16, terminate), path).fit(loader(), EPOCHS, noisy_validation)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is found
+    assert len(torch.load(path, weights_only=True)["history"]["losses"]) == 9
+    expected, history = uninterrupted()
+    again = distiller(None, path)
+    assert timeless(again.fit(loader(), EPOCHS, noisy_validation)) == timeless(history)
+    assert equal(again.student, expected)
+
+
+def test_a_handler_of_ones_own_is_called_after_the_step(tmp_path: Path) -> None:
+    called: list[int] = []
+    previous = signal.signal(signal.SIGTERM, lambda number, _: called.append(number))
+    try:
+        history = distiller(Teacher(16, terminate), tmp_path / "run.pt").fit(loader(), 2)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert called == [signal.SIGTERM]
+    assert len(history.epochs) == 2
+
+
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 

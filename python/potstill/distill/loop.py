@@ -70,7 +70,7 @@ class Loop:
         distiller, plan = self._distiller, self._plan
         self._checkpoint, self._every = checkpoint, every
         with ExitStack() as stack:
-            self._processes = processes = stack.enter_context(Processes.joined(distiller.device))
+            self._processes = processes = Processes.joined(distiller.device)
             stack.enter_context(Chance(distiller.device).kept())
             stack.enter_context(mode(distiller.student, training=True))
             stack.enter_context(mode(distiller.strategies, training=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,22 +39,16 @@ class Processes:
         self.rank, self.world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
     @classmethod
-    @contextmanager
-    def joined(cls, device: torch.device) -> Iterator[Processes]:
-        """Under ``torchrun`` the default group is made, if it is not there, and ended afterwards."""
-        start = (
-            dist.is_available()
-            and not dist.is_initialized()
-            and dist.is_torchelastic_launched()
-            and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        )
-        if start:
+    def joined(cls, device: torch.device) -> Processes:
+        """Under ``torchrun`` the default group is made, if it is not there.
+
+        It is ended with the process: torchrun's meeting point serves for one group of a program.
+        """
+        launched = dist.is_available() and dist.is_torchelastic_launched()
+        if launched and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        try:
-            yield cls(device)
-        finally:
-            if start:
-                dist.destroy_process_group()
+            atexit.register(_leave)
+        return cls(device)
 
     def share(self, batch: Batch) -> Batch:
         """This process's rows of a batch: those of every tensor whose first size is that of the target."""
@@ -135,6 +130,11 @@ class Processes:
         if self.world > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
