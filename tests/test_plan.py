@@ -381,3 +381,22 @@ def test_a_loop_of_ones_own_gets_the_same_gradient() -> None:
     plan = TrainingPlan(steps=1, optimizer="sgd", clip_grad_norm=None)
     distiller.fit([(x, y)], plan)
     assert all(torch.equal(p.grad, g) for p, g in zip(distiller.parameters(), found, strict=True))
+
+
+def test_the_teacher_is_swapped_to_int8_within_a_bound() -> None:
+    item = torch.randn(64, 512), torch.randint(CLASSES, (64,))
+    teacher = nn.Sequential(nn.Linear(512, 2048), nn.ReLU(), nn.Linear(2048, CLASSES))
+    student = nn.Sequential(nn.Linear(512, 8), nn.ReLU(), nn.Linear(8, CLASSES))
+    strategies = [SoftTargets(), HiddenStates("1")]
+    swapped = Distiller(teacher, student, strategies, sample=item, teacher_error=0.05)
+    found = swapped.int8_teacher
+    assert found is not None
+    assert found.used
+    assert set(found.errors) == {"output", "1"}
+    assert swapped.teacher is found.model
+    assert not any(isinstance(module, Int8Linear) for module in teacher.modules())
+    assert swapped.fit([item], TrainingPlan(steps=2)).step == 2
+    kept = Distiller(teacher, student, strategies, sample=item, teacher_error=1e-6)
+    assert kept.teacher is teacher
+    with pytest.raises(ValueError, match="teacher_error is 0.05, which needs a teacher that is run, and sample="):
+        Distiller(teacher, student, SoftTargets(), teacher_error=0.05)

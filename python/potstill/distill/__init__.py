@@ -1,11 +1,13 @@
 """Distillation: a student learns from a teacher."""
 
-from potstill.distill import schedules
-from potstill.distill.batch import Batch, Outputs
+from potstill.distill import metrics, schedules
+from potstill.distill.batch import Batch, Indexed, Outputs, TopK
+from potstill.distill.cache import CachedTeacher, collate_indexed
 from potstill.distill.callbacks import Callback, Run
 from potstill.distill.distiller import Distiller
 from potstill.distill.history import Epoch, History
 from potstill.distill.initialise import Initialisation, initialise
+from potstill.distill.int8_teacher import Int8Teacher, int8_teacher
 from potstill.distill.plan import EarlyStopping, TrainingPlan
 from potstill.distill.strategies import (
     DIST,
@@ -33,6 +35,7 @@ __all__ = [
     "AttentionRelations",
     "AttentionTransfer",
     "Batch",
+    "CachedTeacher",
     "Callback",
     "Contrastive",
     "Distiller",
@@ -42,7 +45,9 @@ __all__ = [
     "HardLabels",
     "HiddenStates",
     "History",
+    "Indexed",
     "Initialisation",
+    "Int8Teacher",
     "LayerStrategy",
     "LogitStandardisation",
     "Outputs",
@@ -53,8 +58,12 @@ __all__ = [
     "SoftTargets",
     "Strategy",
     "Teachers",
+    "TopK",
     "TrainingPlan",
+    "collate_indexed",
     "initialise",
+    "int8_teacher",
+    "metrics",
     "register",
     "schedules",
 ]

@@ -114,8 +114,8 @@ def logits(output: Any, model: str) -> Tensor:
     """
     if isinstance(output, TopK):
         raise TypeError(
-            f"Distiller: of the {model} only the {output.indices.shape[-1]} likeliest classes were cached, but a strategy "
-            "needs all logits; SoftTargets and strategies on layers do not. Cache with top_k=None for others"
+            f"Distiller: only the {output.indices.shape[-1]} likeliest classes of the {model} were cached, but a "
+            "strategy needs all logits; SoftTargets and strategies on layers do not. Cache with top_k=None for others"
         )
     found = output
     if isinstance(output, Mapping):

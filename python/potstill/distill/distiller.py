@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from potstill.distill.batch import Batch, Outputs
+from potstill.distill.cache import CachedTeacher
 from potstill.distill.callbacks import Callback
 from potstill.distill.features import Features
 from potstill.distill.history import History
+from potstill.distill.int8_teacher import Int8Teacher, int8_teacher
 from potstill.distill.loop import Loop, Validate, mode
 from potstill.distill.plan import TrainingPlan
 from potstill.distill.strategies.strategy import Strategy
@@ -28,11 +30,14 @@ class Distiller:
     """Trains ``student`` with a loss of one or more ``strategies``, reproducibly and resumably.
 
     - ``teacher``: any module, also a quantised one; it is run in evaluation mode without gradients, never changed and
-      never saved. None where no strategy needs it.
+      never saved. Or a :class:`CachedTeacher`, which is read. None where no strategy needs it.
     - ``strategies``: a strategy, or a list of strategies or (weight, strategy): the loss is their weighted sum. A
       weight is a positive number, or a function of the optimiser step, from 1, that returns one or 0.
     - ``sample``: an item of the loader, from which strategies that train projections learn the widths of the layers
       they connect (needed only if these differ); both models are run on it once, in evaluation mode.
+    - ``teacher_error``: learns from an int8 copy of the teacher if that is faster on the ``sample``, and the relative
+      error of what it returns, and of its layers that the strategies read, is at most this: see :func:`int8_teacher`,
+      whose result is then in the attribute of that name.
 
     Batches are moved to the device of the student's first parameter; the teacher must be on it too.
     Raises :class:`ValueError` or :class:`TypeError` when an argument does not fit the others.
@@ -52,6 +57,7 @@ class Distiller:
         strategies: Strategy | Sequence[Weighted],
         *,
         sample: Any = None,
+        teacher_error: float | None = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
@@ -60,10 +66,14 @@ class Distiller:
         self.names = _names(self.strategies)
         self._check()
         self.device = next(student.parameters()).device
-        self._attach(sample)
+        for _, strategy in self._terms:
+            strategy.attach(student, teacher)
+        self.int8_teacher = self._quicker(sample, teacher_error)
+        self._prepare(sample)
         self.strategies.to(self.device)
         # Integer layers are fast as they are, and what they cost was measured in float32.
-        self._quantised = teacher is not None and any(isinstance(m, QuantizedLinear) for m in teacher.modules())
+        modules = () if self.teacher is None else self.teacher.modules()
+        self._quantised = any(isinstance(module, QuantizedLinear) for module in modules)
 
     def fit(
         self,
@@ -170,18 +180,24 @@ class Distiller:
         return settings
 
     def _outputs(self, batch: Batch, bf16: bool = False, student: nn.Module | None = None) -> Outputs:
-        output, features = None, None
-        if self.teacher is not None and any(strategy.needs_teacher for _, strategy in self._terms):
-            # no_grad, not inference_mode: autograd must be able to keep the result for the gradient
-            with (
-                torch.no_grad(),
-                self._autocast(bf16 and not self._quantised),
-                Features(self.teacher, self._layers(teacher=True)) as features,
-            ):
-                output = batch.feed(self.teacher)
+        output, features = self._taught(batch, bf16)
         with self._autocast(bf16), Features(self.student, self._layers(teacher=False)) as own:
             answer = batch.feed(self.student if student is None else student)
-        return Outputs(batch, answer, output, own, {} if features is None else features)
+        return Outputs(batch, answer, output, own, features)
+
+    def _taught(self, batch: Batch, bf16: bool) -> tuple[Any, Mapping[str, Tensor] | Features]:
+        """The teacher's output, and its layers'."""
+        if self.teacher is None or not any(strategy.needs_teacher for _, strategy in self._terms):
+            return None, {}
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher.outputs(batch)
+        # no_grad, not inference_mode: autograd must be able to keep the result for the gradient
+        with (
+            torch.no_grad(),
+            self._autocast(bf16 and not self._quantised),
+            Features(self.teacher, self._layers(teacher=True)) as features,
+        ):
+            return batch.feed(self.teacher), features
 
     def _autocast(self, bf16: bool) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
@@ -190,9 +206,19 @@ class Distiller:
         lists = (s.teacher_layers() if teacher else s.student_layers() for _, s in self._terms)
         return {name for names in lists for name in names}
 
-    def _attach(self, sample: Any) -> None:
-        for _, strategy in self._terms:
-            strategy.attach(self.student, self.teacher)
+    def _quicker(self, sample: Any, max_error: float | None) -> Int8Teacher | None:
+        if max_error is None:
+            return None
+        if sample is None or self.teacher is None or isinstance(self.teacher, CachedTeacher):
+            raise ValueError(
+                f"Distiller: teacher_error is {max_error}, which needs a teacher that is run, and sample=next(iter("
+                "loader)) to measure it on"
+            )
+        found = int8_teacher(self.teacher, sample, max_error=max_error, layers=sorted(self._layers(teacher=True)))
+        self.teacher = found.model
+        return found
+
+    def _prepare(self, sample: Any) -> None:
         if sample is None:
             needy = [type(strategy).__name__ for _, strategy in self._terms if strategy.needs_sample]
             if needy:

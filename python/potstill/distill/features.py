@@ -13,6 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 Patterns = str | Sequence[str]
 
+_FEW = 12  # names that an error lists
+
 
 class Features:
     """A context in which the outputs of the modules ``names`` of ``model`` are kept: ``features[name]``.
@@ -82,7 +84,7 @@ def modules_named(model: nn.Module, patterns: Patterns, whose: str) -> list[str]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         fitting = {name for name in names if _fits(name, pattern)}
         if not fitting:
-            near = get_close_matches(pattern, names, n=3, cutoff=0.0)
+            near = names if len(names) <= _FEW else get_close_matches(pattern, names, n=3, cutoff=0.0)
             raise ValueError(
                 f"Distiller: no module of the {whose} is named {pattern!r}; a * stands for one part between dots. "
                 f"Among its modules are {', '.join(near) or 'none'}"
