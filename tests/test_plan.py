@@ -378,6 +378,10 @@ def test_a_loop_of_ones_own_gets_the_same_gradient() -> None:
         p.grad = None
     distiller.loss((x, y), student=wrapped).backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(distiller.parameters(), found, strict=True))
+    distiller.loss((x, torch.full_like(y, -100))).backward()  # only the hint counts
+    Distiller(teacher, student, SoftTargets()).loss((x, torch.full_like(y, -100))).backward()  # nothing does
+    for p in distiller.parameters():
+        p.grad = None
     plan = TrainingPlan(steps=1, optimizer="sgd", clip_grad_norm=None)
     distiller.fit([(x, y)], plan)
     assert all(torch.equal(p.grad, g) for p, g in zip(distiller.parameters(), found, strict=True))

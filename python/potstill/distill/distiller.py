@@ -65,7 +65,6 @@ class Distiller:
         self.strategies = nn.ModuleList(strategy for _, strategy in self._terms)
         self.names = _names(self.strategies)
         self._check()
-        self.device = next(student.parameters()).device
         for _, strategy in self._terms:
             strategy.attach(student, teacher)
         self.int8_teacher = self._quicker(sample, teacher_error)
@@ -74,6 +73,11 @@ class Distiller:
         # Integer layers are fast as they are, and what they cost was measured in float32.
         modules = () if self.teacher is None else self.teacher.modules()
         self._quantised = any(isinstance(module, QuantizedLinear) for module in modules)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student is now."""
+        return next(self.student.parameters()).device
 
     def fit(
         self,
@@ -126,15 +130,18 @@ class Distiller:
 
         ``step`` is the optimiser step, from 1, for weights that are schedules. ``student`` is run in the student's
         place: the same module wrapped, for example by ``DistributedDataParallel``. Its mode is yours to set. The
-        optimiser gets :meth:`parameters`.
+        optimiser gets :meth:`parameters`. A batch without any row that counts has a loss of 0 that moves nothing.
 
         >>> from potstill.distill import HardLabels
         >>> distiller = Distiller(None, nn.Linear(4, 3), HardLabels())
         >>> distiller.loss((torch.zeros(2, 4), torch.tensor([0, 1]))).backward()
         """
         batch = Batch.of(item).to(self.device)
+        factors = [weight if rows else 0.0 for weight, rows in zip(self.weights(step), self.rows(batch), strict=True)]
+        if not any(factors):
+            return torch.zeros((), device=self.device, requires_grad=True)
         with nullcontext() if self.teacher is None else mode(self.teacher, training=False):
-            return self.contributions(batch, self.weights(step), student=student).sum()
+            return self.contributions(batch, factors, student=student).sum()
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of the student and the strategies that require a gradient."""

@@ -249,13 +249,11 @@ class Loop:
         if self._processes.rank > 0:
             yield
             return
-        for callback in self._callbacks:
-            callback.begin(self._report)
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
             for callback in self._callbacks:
-                callback.end(self._report)
+                callback.begin(self._report)
+                stack.callback(callback.end, self._report)
+            yield
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -181,4 +181,3 @@ class TrainingPlan:
             "warmup": self.warmup,
             "steps of the schedule": "any" if free else steps,
         }
-
