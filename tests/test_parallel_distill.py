@@ -71,7 +71,9 @@ def test_errors_are_raised_on_both(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         found = rank["refusals"]
         assert found["nan"].startswith("FloatingPointError: Distiller.fit: step 1: batch 1 of epoch 1: the loss is nan")
-        assert found["other data"].startswith("RuntimeError: Distiller.fit: the loaders of the processes yield different")
+        assert found["other data"].startswith(
+            "RuntimeError: Distiller.fit: the loaders of the processes yield different"
+        )
         assert found["scalar target"].startswith("ValueError: Distiller: ")
 
 

@@ -135,9 +135,7 @@ def test_weight_decay_spares_biases_and_norms() -> None:
 )
 def test_optimisers_by_name(name: str, kind: Any, options: dict[str, float]) -> None:
     student, _ = fit(TrainingPlan(epochs=1, optimizer=name, lr=0.01, weight_decay=0.0, schedule="constant"))
-    own = TrainingPlan(
-        epochs=1, optimizer=lambda p: kind(p, lr=0.01, weight_decay=0.0, **options), schedule="constant"
-    )
+    own = TrainingPlan(epochs=1, optimizer=lambda p: kind(p, lr=0.01, weight_decay=0.0, **options), schedule="constant")
     other, _ = fit(own)
     torch.testing.assert_close(student.state_dict(), other.state_dict(), rtol=1e-5, atol=1e-6)
 
