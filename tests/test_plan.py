@@ -400,5 +400,5 @@ def test_the_teacher_is_swapped_to_int8_within_a_bound() -> None:
     assert swapped.fit([item], TrainingPlan(steps=2)).step == 2
     kept = Distiller(teacher, student, strategies, sample=item, teacher_error=1e-6)
     assert kept.teacher is teacher
-    with pytest.raises(ValueError, match="teacher_error is 0.05, which needs a teacher that is run, and sample="):
+    with pytest.raises(ValueError, match=r"teacher_error is 0.05, which needs a teacher that is run, and sample="):
         Distiller(teacher, student, SoftTargets(), teacher_error=0.05)

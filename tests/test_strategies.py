@@ -235,9 +235,7 @@ def accumulated(name: str, kind: str, sizes: list[int]) -> tuple[Tensor, float]:
     ends = torch.tensor(sizes).cumsum(0).tolist()
     batches = [part(item, slice(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
     torch.manual_seed(3)
-    run = Runner(
-        teacher, student, strategy_of(name, kind), optimizer=sgd, accumulate=len(sizes), sample=item_of(kind)
-    )
+    run = Runner(teacher, student, strategy_of(name, kind), optimizer=sgd, accumulate=len(sizes), sample=item_of(kind))
     losses = run.fit(batches, 1, quiet=True).losses
     found = [p.grad.flatten() for p in (*student.parameters(), *run.strategies.parameters()) if p.grad is not None]
     return torch.cat(found), losses[0]

@@ -16,7 +16,17 @@ WIDTH = 440
 
 _LINE = 16  # height of a line of text
 _CHARACTER = 6.6  # widest average width of a character at 12 units
-_MARKERS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "M-3.5-3.5h7v7h-7z", "M0-5l5 8.5h-10z", "M0-5l5 5-5 5-5-5z")
+_MARKERS = (
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "M-3.5-3.5h7v7h-7z",
+    "M0-5l5 8.5h-10z",
+    "M0-5l5 5-5 5-5-5z",
+    "M0 5l5-8.5h-10z",
+    "M-1.5-5h3v3.5h3.5v3h-3.5v3.5h-3v-3.5h-3.5v-3h3.5z",
+    "M-4.5-4.5h9l-9 9h9z",
+    "M-5-2h10v4h-10z",
+)
+_MARKED = 16  # more points of a curve are not all marked
 
 
 @dataclass(frozen=True)
@@ -31,11 +41,28 @@ class Bar:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: its label, its values at 1, 2, 3..., and which series colours it."""
+    """One curve: its label, its values, which series colours it, and (low, high) around each of the values."""
 
     label: str
     values: Sequence[float]
     series: int
+    band: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One mark of a scale: its label, its value, whiskers from ``low`` to ``high``, what is written beside it, series.
+
+    ``values`` are the single ones behind it, each a thin stroke below.
+    """
+
+    label: str
+    value: float
+    low: float
+    high: float
+    text: str
+    series: int
+    values: Sequence[float] = ()
 
 
 def bars(title: str, axis: str, data: Sequence[Bar]) -> Markup:
@@ -68,27 +95,63 @@ def bars(title: str, axis: str, data: Sequence[Bar]) -> Markup:
     return _chart(title, described, top + height + 2 * _LINE + 10, parts)
 
 
-def lines(title: str, x_axis: str, y_axis: str, data: Sequence[Line]) -> Markup:
-    """A line chart of curves over 1, 2, 3...; raises :class:`ValueError` unless the values are finite.
+def dots(title: str, axis: str, data: Sequence[Dot], reference: float | None = None) -> Markup:
+    """Values with whiskers, one below the other; raises :class:`ValueError` unless all are finite.
+
+    The axis covers what is shown, not zero, and says so by its ticks; ``reference`` is an upright line across all.
+    """
+    row, left, top = 2 * _LINE + 12, 10, _LINE + 10
+    height = row * len(data)
+    ends = [value for dot in data for value in (dot.low, dot.high, dot.value, *dot.values)]
+    marks = ticks(*_range(ends if reference is None else [*ends, reference]), 6)
+    scale = (WIDTH - left - 26) / (marks[-1] - marks[0])
+
+    def at(value: float) -> float:
+        return left + (value - marks[0]) * scale
+
+    parts = []
+    for mark in marks:
+        parts.append(_line(at(mark), top, at(mark), top + height, "grid"))
+        parts.append(_text(at(mark), top + height + _LINE, _number(mark), "tick", "middle"))
+    if reference is not None:
+        parts.append(_line(at(reference), top, at(reference), top + height, "axis"))
+    for index, dot in enumerate(data):
+        y = top + index * row + _LINE
+        parts.append(_text(left, y, dot.label, "label", "start"))
+        parts.append(_text(WIDTH - 4, y, dot.text, "value", "end"))
+        y += 12
+        parts += [_line(at(value), y + 7, at(value), y + 12, "seed") for value in dot.values]
+        parts.append(_line(at(dot.low), y, at(dot.high), y, f"line s{dot.series}"))
+        parts += [_line(at(x), y - 4, at(x), y + 4, f"line s{dot.series}") for x in (dot.low, dot.high)]
+        parts.append(_marker(at(dot.value), y, dot.series))
+    parts.append(_text(left, top + height + 2 * _LINE + 2, axis, "tick", "start"))
+    described = "; ".join(f"{dot.label}: {dot.text}" for dot in data)
+    return _chart(title, described, top + height + 2 * _LINE + 10, parts)
+
+
+def lines(title: str, x_axis: str, y_axis: str, data: Sequence[Line], first: int = 1) -> Markup:
+    """A line chart of curves with their bands; raises :class:`ValueError` unless all is finite.
+
+    Their values lie at ``first`` and the whole numbers that follow.
 
     The y axis covers the values, not zero, and says so by its ticks.
     """
-    values = [value for line in data for value in line.values]
-    longest = max(len(line.values) for line in data)
+    values = [value for line in data for value in (*line.values, *(end for ends in line.band for end in ends))]
+    last = first + max(len(line.values) for line in data) - 1
     y_marks = ticks(*_range(values), 5)
-    x_marks = [mark for mark in ticks(1, longest, 6) if mark == int(mark) and 1 <= mark <= longest]
+    x_marks = [mark for mark in ticks(first, last, 6) if mark == int(mark) and first <= mark <= last]
     low, high = y_marks[0], y_marks[-1]
     left = max(len(_number(mark)) for mark in y_marks) * _CHARACTER + 14
     top, height = 2 * _LINE + 14, 170
     width = WIDTH - left - 14
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - 1) / max(longest - 1, 1)
+        across = (x - first) / max(last - first, 1)
         return left + across * width, top + height - (y - low) / (high - low) * height
 
     parts = [_text(left, 2 * _LINE + 2, y_axis, "tick", "start")]
     for mark in y_marks:
-        y = at(1, mark)[1]
+        y = at(first, mark)[1]
         parts += [_line(left, y, left + width, y, "grid"), _text(left - 7, y + 4, _number(mark), "tick", "end")]
     for mark in x_marks:
         x = at(mark, low)[0]
@@ -98,10 +161,15 @@ def lines(title: str, x_axis: str, y_axis: str, data: Sequence[Line]) -> Markup:
     parts.append(_text(left + width / 2, top + height + 2 * _LINE + 2, x_axis, "tick", "middle"))
     legend_x, legend_y = left, top + height + 3 * _LINE + 10
     for line in data:
-        points = [at(x, y) for x, y in enumerate(line.values, start=1)]
-        path = " ".join(f"{_round(x)},{_round(y)}" for x, y in points)
-        parts.append(Markup('<polyline points="{}" class="line s{}"/>').format(path, line.series))
-        parts += [_marker(x, y, line.series) for x, y in points]
+        if line.band:
+            upper = [at(x, high) for x, (_, high) in enumerate(line.band, start=first)]
+            lower = [at(x, low) for x, (low, _) in enumerate(line.band, start=first)]
+            path = _path([*upper, *reversed(lower)])
+            parts.append(Markup('<polygon points="{}" class="band s{}"/>').format(path, line.series))
+    for line in data:
+        points = [at(x, y) for x, y in enumerate(line.values, start=first)]
+        parts.append(Markup('<polyline points="{}" class="line s{}"/>').format(_path(points), line.series))
+        parts += [_marker(x, y, line.series) for x, y in points[:: -(-len(points) // _MARKED)]]
         wide = len(line.label) * _CHARACTER + 34
         if legend_x + wide > WIDTH and legend_x > left:
             legend_x, legend_y = left, legend_y + _LINE + 4
@@ -141,6 +209,10 @@ def _chart(title: str, described: str, height: float, parts: Sequence[Markup]) -
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
     return Markup('<line x1="{}" y1="{}" x2="{}" y2="{}" class="{}"/>').format(*map(_round, (x1, y1, x2, y2)), kind)
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{_round(x)},{_round(y)}" for x, y in points)
 
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str) -> Markup:

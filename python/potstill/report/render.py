@@ -20,7 +20,7 @@ _SERIES = {"teacher": 0, "plain": 1, "distilled": 2, "int8": 3}
 def page(record: Mapping[str, Any]) -> str:
     """One HTML document of the numbers in ``record`` (what :func:`potstill.demo.run` returns), charts included."""
     return (
-        _environment()
+        environment()
         .get_template("template.html.j2")
         .render(
             record=record,
@@ -43,7 +43,7 @@ def layers(report: Mapping[str, Any]) -> Markup:
     >>> "excluded by 0" in layers(report.to_dict())
     True
     """
-    return Markup(_environment().get_template("layers.html.j2").render(report=report))
+    return Markup(environment().get_template("layers.html.j2").render(report=report))
 
 
 def show(record: Mapping[str, Any], console: Console) -> None:
@@ -199,13 +199,14 @@ def _time(model: Mapping[str, Any], value: float, batch: str) -> str:
     return seconds(value) + ratio
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """What turns templates of this folder into pages."""
+    found = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"seconds": seconds, "size": size}
-    return environment
+    found.filters |= {"seconds": seconds, "size": size}
+    return found
