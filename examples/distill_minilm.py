@@ -7,6 +7,7 @@ The student starts from every second layer of its teacher (``initialise``) and l
 embeddings of sentences from the docstrings of Python's standard library and torch. The teacher runs in int8, the
 student in bf16. Judged is what the embeddings are for: whether the similarities of held-out sentences come in the
 teacher's order (Spearman). The same number of steps from random layers is the comparison.
+An interrupted run goes on where it was, from the folder ``--out``, which also has the numbers.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ class Embedder(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0, help="of training each student (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file too")
+    parser.add_argument("--out", type=Path, default=Path("distilled-minilm"), help="folder (default: %(default)s)")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     console = Console()
     torch.manual_seed(0)
     tokens, held_out = batches()
@@ -63,25 +65,27 @@ def main() -> None:
     def validate(student: nn.Module) -> dict[str, float]:
         return {"correlation": correlation(student, held_out, expected)}
 
-    rows, steps = {}, None
+    results = options.out / "results.json"
+    record = json.loads(results.read_text()) if results.exists() else {"batch": BATCH, "students": {}}
     for name in ("every second layer of the teacher", "random layers"):
         student = three_layers(teacher, console if name.startswith("every") else None)
-        before, begin = correlation(student, held_out, expected), time.perf_counter()
+        before = correlation(student, held_out, expected)
         distiller = lesson(teacher, student, tokens)
-        steps = steps or steps_in(distiller, tokens, options.minutes)
-        plan = TrainingPlan(steps=steps, lr=LR, warmup=0.05, precision="bf16")
-        history = distiller.fit(tokens, plan, validate)
-        minutes = (time.perf_counter() - begin) / 60
+        record["steps"] = record.get("steps") or steps_in(distiller, tokens, options.minutes)
+        results.write_text(json.dumps(record, indent=1) + "\n")
+        plan = TrainingPlan(steps=record["steps"], lr=LR, warmup=0.05, precision="bf16")
+        checkpoint = options.out / f"{name.replace(' ', '-')}.pt"
+        history = distiller.fit(tokens, plan, validate, checkpoint=checkpoint, checkpoint_every=200)
         curve = [epoch.validation["correlation"] for epoch in history.epochs]
-        rows[name] = {"before": before, "after": curve[-1], "minutes": minutes, "curve": curve}
+        minutes = sum(epoch.seconds for epoch in history.epochs) / 60
+        record["students"][name] = {"before": before, "after": curve[-1], "minutes": minutes, "curve": curve}
+        results.write_text(json.dumps(record, indent=1) + "\n")
     table = Table(
-        "the student starts from", "correlation before", "after", "minutes", title=f"{steps} steps of {BATCH}"
+        "the student starts from", "correlation before", "after", "minutes", title=f"{record['steps']} steps of {BATCH}"
     )
-    for name, row in rows.items():
+    for name, row in record["students"].items():
         table.add_row(name, f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['minutes']:.1f}")
     console.print(table)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"steps": steps, "batch": BATCH, "students": rows}, indent=1) + "\n")
 
 
 def three_layers(teacher: Embedder, console: Console | None) -> Embedder:
