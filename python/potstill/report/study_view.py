@@ -53,12 +53,16 @@ def page(study: Study) -> str:
     """The HTML document; raises :class:`ValueError` for a study without any run."""
     if not study.rows:
         raise ValueError("Study: there is nothing to show; add() a run first")
-    return environment().get_template("study.html.j2").render(
-        study=study,
-        axis=_axis(study),
-        gain=None if study.baseline is None else _gain(study),
-        lines=list(_lines(study)),
-        charts=list(_charts(study)),
+    return (
+        environment()
+        .get_template("study.html.j2")
+        .render(
+            study=study,
+            axis=_axis(study),
+            gain=None if study.baseline is None else _gain(study),
+            lines=list(_lines(study)),
+            charts=list(_charts(study)),
+        )
     )
 
 
