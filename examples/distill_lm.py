@@ -1,7 +1,7 @@
 """A language model of bytes, a fourteenth of its teacher's size, that learns to write Python as the teacher does.
 
     python examples/distill_lm.py --out lm            # 3 seeds, about 25 minutes on one core; goes on if interrupted
-    python examples/distill_lm.py --quick --out /tmp/lm
+    python examples/distill_lm.py --quick --out quick-lm
 
 Both models are transformers over bytes; they read the sources of this Python's standard library. Every tenth file, by a
 hash of its name, is held out: judged is how many bits a model needs for each of its bytes (8 if it knew nothing).
