@@ -145,13 +145,21 @@ def test_transformers_read_each_token_once(kind: str) -> None:
     assert torch.equal(*drawn)
 
 
-def test_model_that_keeps_nothing_reads_everything() -> None:
-    class Forgetful(Writer):
-        def forward(self, ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
-            assert past_key_values is None
-            return super().forward(ids)
+class ForgetfulAsOfOld(Writer):
+    def forward(self, ids: Tensor, past_key_values: Any = None, use_cache: bool = False) -> Any:
+        assert past_key_values is None
+        return super().forward(ids)
 
-    with counted(model := Forgetful()) as widths:
+
+class Forgetful(Writer):
+    def forward(self, ids: Tensor, cache: Any = None, use_cache: bool = False) -> Any:
+        assert cache is None
+        return super().forward(ids)
+
+
+@pytest.mark.parametrize("kind", [Forgetful, ForgetfulAsOfOld])
+def test_model_that_keeps_nothing_reads_everything(kind: type[Writer]) -> None:
+    with counted(model := kind()) as widths:
         found = generate(model, prompt(), 5, temperature=0.0)
     assert widths == [2, 3, 4, 5, 6]
     assert torch.equal(found, generate(Writer(), prompt(), 5, temperature=0.0))

@@ -35,8 +35,8 @@ def generate(
     or what an encoder made of it). At ``temperature`` T a token is drawn from softmax(logits / T) by torch's global
     generator; at 0 it is the likeliest. Behind a row's first new ``stop`` all is ``pad``.
 
-    A model whose ``forward`` takes ``past_key_values`` and ``use_cache``, as those of transformers do, reads each token
-    once; any other reads the whole row for each new token. All rows of ``ids`` are prompts of the same length, without
+    A model whose ``forward`` takes ``use_cache`` and ``cache`` (or ``past_key_values``, as transformers called it before
+    5.24) reads each token once; any other reads the whole row for each new token. All rows of ``ids`` are prompts of the same length, without
     padding. Raises :class:`ValueError` for arguments out of range and logits that do not fit.
 
     >>> class Next(nn.Module):  # after token i comes i + 1
@@ -144,15 +144,16 @@ class _Reader:
     def __init__(self, model: nn.Module, inputs: Sequence[Any]) -> None:
         self._model, self._inputs = model, inputs
         known = inspect.signature(model.forward).parameters
-        self._remembers = not inputs and "past_key_values" in known and "use_cache" in known
+        names = [name for name in ("cache", "past_key_values") if name in known]
+        self._memory = names[0] if names and "use_cache" in known and not inputs else None
         self._past: Any = None
         self._read = 0
 
     def __call__(self, ids: Tensor) -> Tensor:
-        if not self._remembers:
+        if self._memory is None:
             return _last(self._model(*self._inputs, ids), len(ids))
-        output = self._model(ids[:, self._read :], past_key_values=self._past, use_cache=True)
-        self._past = getattr(output, "past_key_values", None)
+        output = self._model(ids[:, self._read :], use_cache=True, **{self._memory: self._past})
+        self._past = getattr(output, self._memory, None)
         self._read = 0 if self._past is None else ids.shape[1]  # a model may have been built to keep nothing
         return _last(output, len(ids))
 
