@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "dispatch.h"
+#include "kernels/sparse_layout.h"
 #include "memory.h"
 #include "parallel.h"
 #include "tensor.h"
@@ -17,40 +18,79 @@ Activation activation_of(const std::string& name) {
   throw py::value_error("activation is '" + name + "', expected none, relu, gelu, gelu_tanh or silu");
 }
 
+// What the linear ops have in common: m, n, k, x, y, bias, activation and residual.
+template <class Args>
+void set_linear(Args& a, const char* op, py::handle x, int64_t n, py::handle bias, const std::string& activation,
+                py::handle residual, py::handle y) {
+  TensorView xv(x, op, "x"), yv(y, op, "y");
+  if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, in_features]");
+  a.m = xv.size(0), a.n = n, a.k = xv.size(1);
+  a.x = xv.contiguous().floats();
+  a.y = yv.contiguous().shape({a.m, n}).floats();
+  a.activation = activation_of(activation);
+  if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
+  if (!bias.is_none()) a.bias = TensorView(bias, op, "bias").contiguous().shape({n}).floats();
+  if (!residual.is_none()) {
+    TensorView rv(residual, op, "residual");
+    a.residual = rv.contiguous().shape({a.m, n}).floats();
+    if (a.residual.type != a.x.type) rv.fail("has another dtype", "expected that of x");
+  }
+}
+
+void set_int8(Int8Linear& a, const char* op, py::handle x, const TensorView& scale, py::handle factor) {
+  if (a.k > kMaxFeatures) {
+    TensorView(x, op, "x").fail("has " + std::to_string(a.k) + " features",
+                                "sums of int8 products are exact up to " + std::to_string(kMaxFeatures) +
+                                    "; split the layer");
+  }
+  a.scale = scale.shape({a.n}).f32();
+  if (!factor.is_none()) a.factor = TensorView(factor, op, "factor").contiguous().shape({a.k}).f32();
+}
+
 void int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle bias, const std::string& activation,
                  py::handle residual, py::handle factor, py::handle y) {
   constexpr const char* kOp = "int8_linear";
-  TensorView xv(x, kOp, "x"), wv(weight, kOp, "weight"), sv(scale, kOp, "scale"), yv(y, kOp, "y");
-  if (xv.rank() != 2) xv.fail("has rank " + std::to_string(xv.rank()), "expected [rows, in_features]");
-  int64_t m = xv.size(0), k = xv.size(1), n = sv.numel();
-  if (k > kMaxFeatures) {
-    xv.fail("has " + std::to_string(k) + " features",
-            "sums of int8 products are exact up to " + std::to_string(kMaxFeatures) + "; split the layer");
-  }
-  wv.contiguous().shape({packed_panels(n), packed_groups(k) + 1, 4 * kPanel});
-  sv.contiguous().shape({n});
-  yv.contiguous().shape({m, n});
-  FloatPtr b{nullptr, Type::f32};
-  if (!bias.is_none()) b = TensorView(bias, kOp, "bias").contiguous().shape({n}).floats();
+  TensorView wv(weight, kOp, "weight"), sv(scale, kOp, "scale");
   Int8Linear a{};
-  a.x = xv.contiguous().floats();
-  a.y = yv.floats();
-  a.weight = wv.i8();
-  a.scale = sv.f32();
-  a.bias = b;
-  a.activation = activation_of(activation);
-  a.m = m, a.n = n, a.k = k;
-  if (a.y.type != a.x.type) yv.fail("has another dtype", "expected that of x");
-  if (!factor.is_none()) a.factor = TensorView(factor, kOp, "factor").contiguous().shape({k}).f32();
-  if (!residual.is_none()) {
-    TensorView rv(residual, kOp, "residual");
-    a.residual = rv.contiguous().shape({m, n}).floats();
-    if (a.residual.type != a.x.type) rv.fail("has another dtype", "expected that of x");
-  }
+  set_linear(a, kOp, x, sv.contiguous().numel(), bias, activation, residual, y);
+  set_int8(a, kOp, x, sv, factor);
+  a.weight = wv.contiguous().shape({packed_panels(a.n), packed_groups(a.k) + 1, 4 * kPanel}).i8();
   py::gil_scoped_release nogil;
   const Kernels& table = kernels();
-  a.scratch = scratch(table.int8_linear_scratch(m, n, k));
+  a.scratch = scratch(table.int8_linear_scratch(a.m, a.n, a.k));
   table.int8_linear(a);
+}
+
+void set_sparse(SparseWeight& w, const char* op, py::handle weight, int64_t n, int64_t k, size_t value_bytes) {
+  TensorView wv(weight, op, "weight");
+  const char* wrong = read_sparse(wv.contiguous().u8(), wv.numel(), n, k, value_bytes, w);
+  if (wrong != nullptr) wv.fail(wrong, "expected what potstill.ops.sparse.pack makes for these features");
+}
+
+void sparse_int8_linear(py::handle x, py::handle weight, py::handle scale, py::handle bias,
+                        const std::string& activation, py::handle residual, py::handle factor, py::handle y) {
+  constexpr const char* kOp = "sparse_int8_linear";
+  TensorView sv(scale, kOp, "scale");
+  SparseInt8Linear a{};
+  set_linear(a.dense, kOp, x, sv.contiguous().numel(), bias, activation, residual, y);
+  set_int8(a.dense, kOp, x, sv, factor);
+  set_sparse(a.weight, kOp, weight, a.dense.n, a.dense.k, 1);
+  py::gil_scoped_release nogil;
+  const Kernels& table = kernels();
+  a.dense.scratch = scratch(table.sparse_int8_linear_scratch(a));
+  table.sparse_int8_linear(a);
+}
+
+void sparse_linear(py::handle x, py::handle weight, int64_t out_features, py::handle bias,
+                   const std::string& activation, py::handle residual, py::handle y) {
+  constexpr const char* kOp = "sparse_linear";
+  SparseLinear a{};
+  set_linear(a, kOp, x, out_features, bias, activation, residual, y);
+  set_sparse(a.weight, kOp, weight, a.n, a.k, sizeof(float));
+  py::gil_scoped_release nogil;
+  const Kernels& table = kernels();
+  a.scratch = scratch(table.sparse_linear_scratch(a));
+  table.sparse_linear(a);
 }
 
 void int4_linear(py::handle x, py::handle weight, py::handle scale, py::handle zero, py::handle bias, py::handle y,
@@ -327,6 +367,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("int8_linear", &int8_linear);
   m.def("int4_linear", &int4_linear);
+  m.def("sparse_int8_linear", &sparse_int8_linear);
+  m.def("sparse_linear", &sparse_linear);
   m.def("kd_loss", &kd_loss);
   m.def("add_layer_norm", &add_layer_norm);
   m.def("int8_embedding", &int8_embedding);

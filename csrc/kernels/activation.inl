@@ -47,4 +47,31 @@ F activate(F x) {
   return x;
 }
 
+// Calls f<activation>().
+template <class Body>
+void with_activation(Activation activation, const Body& f) {
+  switch (activation) {
+    case Activation::none:
+      return f.template operator()<Activation::none>();
+    case Activation::relu:
+      return f.template operator()<Activation::relu>();
+    case Activation::gelu:
+      return f.template operator()<Activation::gelu>();
+    case Activation::gelu_tanh:
+      return f.template operator()<Activation::gelu_tanh>();
+    case Activation::silu:
+      return f.template operator()<Activation::silu>();
+  }
+}
+
+// Writes n lanes of a row: y, its bias, activation and residual.
+template <class T, Activation A, class Args>
+void emit(const Args& a, int64_t row, int64_t column, int n, F y) {
+  y = activate<A>(add_bias(y, a.bias, column, n));
+  int64_t at = row * a.n + column;
+  if (a.residual.data != nullptr) y = add(y, load_n(static_cast<const T*>(a.residual.data) + at, n, 0.0f));
+  T* out = static_cast<T*>(a.y.data) + at;
+  n == kLanes ? store(out, y) : store_n(out, y, n);
+}
+
 }  // namespace

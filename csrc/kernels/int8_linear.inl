@@ -113,37 +113,19 @@ struct Pass {  // one pass over at most kRowsPerPass rows
 };
 
 // Multiplication and addition stay separate (and contraction is off), so that every ISA gives the same bits.
-template <class T, Activation A>
-void finish(const Pass& s, int64_t row, int rows, int64_t column, int columns, const I* sums) {
-  const Int8Linear& a = s.a;
-  for (int c = 0; c < columns; c += kLanes, sums += rows) {
-    int n = static_cast<int>(smaller(columns - c, kLanes));
-    F scale = load_n(a.scale + column + c, n, 0.0f);
-    for (int r = 0; r < rows; ++r) {
-      F y = mul(to_float(sums[r]), mul(set1(s.scales[row + r].scale), scale));
-      y = activate<A>(add_bias(y, a.bias, column + c, n));
-      int64_t at = (s.first_row + row + r) * a.n + column + c;
-      if (a.residual.data != nullptr) y = add(y, load_n(static_cast<const T*>(a.residual.data) + at, n, 0.0f));
-      T* out = static_cast<T*>(a.y.data) + at;
-      n == kLanes ? store(out, y) : store_n(out, y, n);
-    }
-  }
-}
-
 template <class T>
 void finish(const Pass& s, int64_t row, int rows, int64_t column, int columns, const I* sums) {
-  switch (s.a.activation) {
-    case Activation::none:
-      return finish<T, Activation::none>(s, row, rows, column, columns, sums);
-    case Activation::relu:
-      return finish<T, Activation::relu>(s, row, rows, column, columns, sums);
-    case Activation::gelu:
-      return finish<T, Activation::gelu>(s, row, rows, column, columns, sums);
-    case Activation::gelu_tanh:
-      return finish<T, Activation::gelu_tanh>(s, row, rows, column, columns, sums);
-    case Activation::silu:
-      return finish<T, Activation::silu>(s, row, rows, column, columns, sums);
-  }
+  const Int8Linear& a = s.a;
+  with_activation(a.activation, [&]<Activation A>() {
+    for (int c = 0; c < columns; c += kLanes, sums += rows) {
+      int n = static_cast<int>(smaller(columns - c, kLanes));
+      F scale = load_n(a.scale + column + c, n, 0.0f);
+      for (int r = 0; r < rows; ++r) {
+        F y = mul(to_float(sums[r]), mul(set1(s.scales[row + r].scale), scale));
+        emit<T, A>(a, s.first_row + row + r, column + c, n, y);
+      }
+    }
+  });
 }
 
 // Rows of y lie pages apart: fetched while the sums are made, their lines do not stall the stores (3 % at 3072

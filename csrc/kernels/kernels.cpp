@@ -18,6 +18,8 @@
 
 #include "int4_linear.inl"
 #include "int8_linear.inl"
+#include "sparse_int8_linear.inl"
+#include "sparse_linear.inl"
 #include "kd_loss.inl"
 #include "add_layer_norm.inl"
 #include "int8_embedding.inl"
@@ -31,6 +33,10 @@ const Kernels POTSTILL_SYMBOL(POTSTILL_ISA) = {
     int8_linear_scratch,
     int4_linear,
     int4_linear_scratch,
+    sparse_int8_linear,
+    sparse_int8_linear_scratch,
+    sparse_linear,
+    sparse_linear_scratch,
     kd_loss,
     kd_loss_scratch,
     add_layer_norm,

@@ -49,6 +49,35 @@ struct Int4Linear {
   void* scratch;  // int4_linear_scratch(m, n, k, group) bytes, 64-byte aligned
 };
 
+// Weights of which only the blocks of 4 inputs that are not all zero are stored: sparse_layout.h.
+struct SparseWeight {
+  bool few;
+  int64_t n, k, slots;
+  const int64_t* first;
+  const int32_t* sums;
+  const uint8_t *steps, *outputs, *index;
+  const void* values;
+
+  // At least one, so that there is a chunk and a window even without inputs.
+  int64_t blocks() const { return k == 0 ? 1 : packed_groups(k); }
+};
+
+struct SparseInt8Linear {
+  Int8Linear dense;  // all but the weight
+  SparseWeight weight;
+};
+
+struct SparseLinear {
+  FloatPtr x;         // [m, k] row-major
+  FloatPtr y;         // [m, n] row-major, of x's type
+  FloatPtr bias;      // [n] or null
+  FloatPtr residual;  // [m, n] of x's type, or null; added after the activation
+  Activation activation;
+  int64_t m, n, k;
+  void* scratch;  // sparse_linear_scratch(*this) bytes, 64-byte aligned
+  SparseWeight weight;
+};
+
 enum class Divergence { forward_kl, reverse_kl, jsd, tv, dkd, soft_ce, mse, top_k };
 enum class Rest { tail, renormalize, partial };
 
@@ -110,6 +139,10 @@ struct Kernels {
   size_t (*int8_linear_scratch)(int64_t m, int64_t n, int64_t k);
   void (*int4_linear)(const Int4Linear&);
   size_t (*int4_linear_scratch)(int64_t m, int64_t n, int64_t k, int64_t group);
+  void (*sparse_int8_linear)(const SparseInt8Linear&);
+  size_t (*sparse_int8_linear_scratch)(const SparseInt8Linear&);
+  void (*sparse_linear)(const SparseLinear&);
+  size_t (*sparse_linear_scratch)(const SparseLinear&);
   void (*kd_loss)(const KdLoss&);
   size_t (*kd_loss_scratch)(int64_t student_classes, int64_t teacher_classes);
   void (*add_layer_norm)(const AddLayerNorm&);

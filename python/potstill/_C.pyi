@@ -25,6 +25,27 @@ def int4_linear(
     group_size: int,
     /,
 ) -> None: ...
+def sparse_int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    factor: Tensor | None,
+    y: Tensor,
+    /,
+) -> None: ...
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    y: Tensor,
+    /,
+) -> None: ...
 def kd_loss(
     student: Tensor,
     teacher: Tensor,

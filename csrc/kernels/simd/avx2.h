@@ -205,4 +205,52 @@ inline void fold(NibbleSum& acc) {
 }
 inline I total(NibbleSum a) { return a.sum; }
 
+constexpr int kOutputsAtOnce = 2;
+constexpr uint8_t kZeroCell = 0;
+inline void istore(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+inline F from_bits(I a) { return {_mm256_castsi256_ps(a.v)}; }
+inline void store_cells(int8_t* p, F a) {
+  __m256i q = _mm256_cvtps_epi32(a.v);
+  __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(h, h));
+}
+// The sign of x moves to w, lane by lane: both lie in [-127, 127].
+inline I dot_cells(I acc, I x, I w) {
+  __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x.v), _mm256_sign_epi8(w.v, x.v));
+  return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+}
+struct Window {
+  const int32_t* p;
+};
+inline Window window(const int32_t* p) { return {p}; }
+inline I pick(const Window& from, const uint8_t* index) {
+  __m256i i = _mm256_and_si256(load_bytes(index).v, _mm256_set1_epi32(31));
+  return {_mm256_i32gather_epi32(from.p, i, 4)};
+}
+// As in avx512_base.h, with 128-bit halves.
+inline void transpose(const int32_t* from, int64_t from_stride, int32_t* to, int64_t to_stride) {
+  __m256i r[8], t[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * from_stride));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    istore(to + c * to_stride, {_mm256_permute2x128_si256(r[c], r[4 + c], 0x20)});
+    istore(to + (4 + c) * to_stride, {_mm256_permute2x128_si256(r[c], r[4 + c], 0x31)});
+  }
+}
+
 }  // namespace

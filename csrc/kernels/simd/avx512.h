@@ -59,4 +59,12 @@ inline void dot_nibbles(NibbleSum& acc, Weights w, I x) {
 inline void fold(NibbleSum& acc) { acc = nibble_start(add_pairs(acc.sum, acc.pairs)); }
 inline I total(NibbleSum a) { return a.sum; }
 
+// The sign of x moves to w, lane by lane: both lie in [-127, 127].
+constexpr uint8_t kZeroCell = 0;
+inline void store_cells(int8_t* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+inline I dot_cells(I acc, I x, I w) {
+  __m512i signed_w = _mm512_mask_sub_epi8(w.v, _mm512_movepi8_mask(x.v), _mm512_setzero_si512(), w.v);
+  return add_pairs(acc, _mm512_maddubs_epi16(_mm512_abs_epi8(x.v), signed_w));
+}
+
 }  // namespace

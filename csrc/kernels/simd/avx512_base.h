@@ -121,4 +121,42 @@ inline Weights high_nibbles(const uint8_t* p) {
 }
 inline I broadcast_quad(const int8_t* p) { return {broadcast(p)}; }
 
+constexpr int kOutputsAtOnce = 4;
+inline void istore(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
+inline F from_bits(I a) { return {_mm512_castsi512_ps(a.v)}; }
+struct Window {
+  __m512i low, high;
+};
+inline Window window(const int32_t* p) { return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 16)}; }
+inline I pick(const Window& from, const uint8_t* index) {
+  return {_mm512_permutex2var_epi32(from.low, load_bytes(index).v, from.high)};
+}
+// Pairs of rows, then of pairs: [0 1][2 3] .. inside 128 bits, then the 128-bit parts themselves.
+inline void transpose(const int32_t* from, int64_t from_stride, int32_t* to, int64_t to_stride) {
+  __m512i r[16], t[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * from_stride);
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // r[i + c]: column c of each 128 bits, rows i .. i + 3
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    __m512i low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88), low2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
+    __m512i odd = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd), odd2 = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
+    _mm512_storeu_si512(to + c * to_stride, _mm512_shuffle_i32x4(low, low2, 0x88));
+    _mm512_storeu_si512(to + (4 + c) * to_stride, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+    _mm512_storeu_si512(to + (8 + c) * to_stride, _mm512_shuffle_i32x4(low, low2, 0xdd));
+    _mm512_storeu_si512(to + (12 + c) * to_stride, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+  }
+}
+
 }  // namespace

@@ -45,4 +45,11 @@ inline void dot_nibbles(NibbleSum& acc, Weights w, I x) { acc.sum.v = _mm512_dpb
 inline void fold(NibbleSum&) {}
 inline I total(NibbleSum a) { return a.sum; }
 
+// Cells carry +128, as quads do.
+constexpr uint8_t kZeroCell = 128;
+inline void store_cells(int8_t* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(narrow(a), _mm_set1_epi8(-128)));
+}
+inline I dot_cells(I acc, I x, I w) { return {_mm512_dpbusd_epi32(acc.v, x.v, w.v)}; }
+
 }  // namespace

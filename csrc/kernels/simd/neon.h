@@ -160,4 +160,34 @@ inline void dot_nibbles(NibbleSum& acc, Weights w, I x) {
 inline void fold(NibbleSum&) {}
 inline I total(NibbleSum a) { return a.sum; }
 
+constexpr int kOutputsAtOnce = 2;  // of 8 vectors of sums each: 16 of the 32 registers
+constexpr uint8_t kZeroCell = 0;
+inline void istore(int32_t* p, I a) { vst1q_s32(p, a.v); }
+inline F from_bits(I a) { return {vreinterpretq_f32_s32(a.v)}; }
+inline void store_cells(int8_t* p, F a) {
+  NegativeSum unused;
+  store_quads(p, 0, a, unused);
+}
+inline I dot_cells(I acc, I x, I w) {
+  return {vdotq_s32(acc.v, vreinterpretq_s8_s32(x.v), vreinterpretq_s8_s32(w.v))};
+}
+struct Window {
+  const int32_t* p;
+};
+inline Window window(const int32_t* p) { return {p}; }
+inline I pick(const Window& from, const uint8_t* index) {
+  int32_t lanes[4];
+  for (int i = 0; i < 4; ++i) lanes[i] = from.p[index[i] % 32];
+  return {vld1q_s32(lanes)};
+}
+inline void transpose(const int32_t* from, int64_t from_stride, int32_t* to, int64_t to_stride) {
+  int32x4_t a = vld1q_s32(from), b = vld1q_s32(from + from_stride);
+  int32x4_t c = vld1q_s32(from + 2 * from_stride), d = vld1q_s32(from + 3 * from_stride);
+  int32x4x2_t ab = vtrnq_s32(a, b), cd = vtrnq_s32(c, d);
+  vst1q_s32(to, vcombine_s32(vget_low_s32(ab.val[0]), vget_low_s32(cd.val[0])));
+  vst1q_s32(to + to_stride, vcombine_s32(vget_low_s32(ab.val[1]), vget_low_s32(cd.val[1])));
+  vst1q_s32(to + 2 * to_stride, vcombine_s32(vget_high_s32(ab.val[0]), vget_high_s32(cd.val[0])));
+  vst1q_s32(to + 3 * to_stride, vcombine_s32(vget_high_s32(ab.val[1]), vget_high_s32(cd.val[1])));
+}
+
 }  // namespace

@@ -27,6 +27,13 @@
 //   start dot                  start(column_sums, row_sum), then dot() of every quad: the exact sums of products;
 //                              row_sum is NegativeSum's total
 //   Quad quad dot_floor        the fewest instructions of any 8-bit dot product of this ISA: what peak.inl measures
+//   kOutputsAtOnce             outputs whose sums the sparse kernels keep in registers: a divisor of kGroup
+//   store_cells kZeroCell      rounds kLanes activations to bytes, side by side, in the form that dot_cells() takes
+//   dot_cells                  adds the products of four activations and four weights, lane by lane; sums begin with
+//                              start(the lane's sum of weights, 0)
+//   Window window pick         32 lanes of memory; those that kLanes indices name, each modulo 32
+//   transpose                  a square of kLanes x kLanes int32; strides in int32
+//   istore from_bits           an I to memory; its bits as floats
 //   opaque                     hides a value from the optimiser
 #pragma once
 #include <math.h>
@@ -180,5 +187,28 @@ inline void dot_nibbles(NibbleSum& acc, Weights w, I x) {
 }
 inline void fold(NibbleSum&) {}
 inline I total(NibbleSum a) { return a.sum; }
+
+constexpr int kOutputsAtOnce = 1;
+constexpr uint8_t kZeroCell = 0;
+inline void istore(int32_t* p, I a) { *p = a.v; }
+inline F from_bits(I a) {
+  F r;
+  memcpy(&r.v, &a.v, 4);
+  return r;
+}
+inline void store_cells(int8_t* p, F a) { *p = static_cast<int8_t>(nearbyintf(a.v)); }
+inline I dot_cells(I acc, I x, I w) {
+  Weights weight;
+  Quad quads;
+  memcpy(weight.w, &w.v, 4);
+  memcpy(quads.x, &x.v, 4);
+  return dot_floor(acc, weight, quads);
+}
+struct Window {
+  const int32_t* p;
+};
+inline Window window(const int32_t* p) { return {p}; }
+inline I pick(const Window& from, const uint8_t* index) { return {from.p[*index % 32]}; }
+inline void transpose(const int32_t* from, int64_t, int32_t* to, int64_t) { *to = *from; }
 
 }  // namespace

@@ -1,0 +1,155 @@
+// What the sparse linear kernels share: activations in the form that blocks of weights meet, and the loops over the
+// weights of sparse_layout.h.
+//
+// Many rows. A tile is Rows rows of activations as [block][Rows] of four inputs each, so that a block of weights, which
+// all rows share, is broadcast and multiplied with vectors of rows: a load of activations for each product is the
+// bound, 1 per cycle on Zen 4 with 512 bits, and a broadcast for every Rows / kLanes products. The sums of the outputs
+// lie transposed, [output][Rows], between the chunks of inputs and before the epilogue.
+//
+// Few rows. The lanes are outputs; each picks its own block of the row's window of kWindow blocks, which AVX-512 holds
+// in two registers. Bound by the bytes of the slots: 5 for a block of int8, times the share of slots that are padding
+// (16 outputs wait for the one with most blocks: 1.6 at 80 % sparsity, where a dense panel reads 5 times the blocks).
+
+#pragma once
+
+#include "sparse_layout.h"
+
+namespace {
+
+constexpr int kTileRows = 32;
+constexpr int kSmallTileRows = 16;  // of the last tile, if that is enough
+
+// Where the parts of the tiles lie for `rows` rows: whole tiles of kTileRows, the last one maybe small.
+inline int64_t tile_count(int64_t rows) { return parts_of(rows, kTileRows); }
+inline int tile_rows(int64_t rows, int64_t tile) {
+  return rows - tile * kTileRows <= kSmallTileRows ? kSmallTileRows : kTileRows;
+}
+// Blocks of a tile with those that any index can name behind the last chunk, and what transpose() writes too far.
+inline int64_t tile_blocks(int64_t blocks) { return round_up(blocks, kLanes) + kMostIndex; }
+
+// The steps of a part: no more than there are slots.
+inline int64_t take(int64_t steps, int64_t& left) {
+  int64_t taken = smaller(steps, left);
+  left -= taken;
+  return taken;
+}
+
+// Adds the blocks of one chunk to sums[output][Rows]; `tile` are the activations of that chunk. Cell says what one
+// block of weights does to a vector of rows.
+template <class Cell, int Rows>
+void add_group(const char* tile, const uint8_t* index, const typename Cell::Value* values, int64_t steps,
+               typename Cell::Lane* const* sums) {
+  constexpr int V = Rows / kLanes;
+  typename Cell::Sum acc[kOutputsAtOnce][V];
+#pragma GCC unroll 64
+  for (int o = 0; o < kOutputsAtOnce; ++o) {
+#pragma GCC unroll 64
+    for (int v = 0; v < V; ++v) acc[o][v] = Cell::read(sums[o] + v * kLanes);
+  }
+  for (int64_t step = 0; step < steps; ++step, index += kGroup, values += 4 * kGroup) {
+#pragma GCC unroll 64
+    for (int o = 0; o < kOutputsAtOnce; ++o) {
+      Cell::template add<V>(acc[o], tile + index[o] * int64_t{Cell::kRowBytes * Rows}, values + 4 * o);
+    }
+  }
+#pragma GCC unroll 64
+  for (int o = 0; o < kOutputsAtOnce; ++o) {
+#pragma GCC unroll 64
+    for (int v = 0; v < V; ++v) Cell::write(sums[o] + v * kLanes, acc[o][v]);
+  }
+}
+
+template <class Cell, int Rows>
+void add_chunk(const SparseWeight& w, const char* tile, int64_t strip, int64_t chunk, int64_t chunks,
+               typename Cell::Lane* sums) {
+  constexpr int kGroups = kStrip / kGroup;
+  int64_t part = strip * chunks + chunk, slot = w.first[part], left = (w.first[part + 1] - slot) / kGroup;
+  const uint8_t *steps = w.steps + part * kGroups, *outputs = w.outputs + part * kStrip;
+  tile += chunk * chunk_blocks(sizeof(typename Cell::Value)) * Cell::kRowBytes * Rows;
+  for (int group = 0; group < kGroups; ++group, outputs += kGroup) {
+    int64_t taken = take(steps[group], left);
+    auto values = static_cast<const typename Cell::Value*>(w.values) + slot * 4;
+    for (int half = 0; half < kGroup && taken > 0; half += kOutputsAtOnce) {
+      typename Cell::Lane* of[kOutputsAtOnce];
+      for (int o = 0; o < kOutputsAtOnce; ++o) of[o] = sums + outputs[half + o] % kStrip * Rows;
+      add_group<Cell, Rows>(tile, w.index + slot + half, values + 4 * half, taken, of);
+    }
+    slot += taken * kGroup;
+  }
+}
+
+// Calls finish(first output, outputs, sums [output][Rows]) for the strips from `first` to `last`, whose sums begin as
+// begin(output) says.
+template <class Cell, int Rows, class Begin, class Finish>
+void tile_of_strips(const SparseWeight& w, const char* tile, int64_t first, int64_t last, typename Cell::Lane* sums,
+                    const Begin& begin, const Finish& finish) {
+  constexpr int64_t kStripSums = int64_t{kStrip} * Rows;
+  int64_t chunks = parts_of(w.blocks(), chunk_blocks(sizeof(typename Cell::Value)));
+  for (int64_t output = 0; output < (last - first) * kStrip; ++output) {
+    typename Cell::Sum start = begin(first * kStrip + output);
+    for (int v = 0; v < Rows; v += kLanes) Cell::write(sums + output * Rows + v, start);
+  }
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t strip = first; strip < last; ++strip) {
+      add_chunk<Cell, Rows>(w, tile, strip, chunk, chunks, sums + (strip - first) * kStripSums);
+    }
+  }
+  for (int64_t output = first * kStrip; output < smaller(last * kStrip, w.n); output += kLanes) {
+    finish(output, smaller(w.n - output, kLanes), sums + (output - first * kStrip) * Rows);
+  }
+}
+
+// Runs of strips that one task takes: its sums, kRunStrips * kStrip * kTileRows, stay in L2.
+constexpr int64_t kRunStrips = 4;
+constexpr int64_t kRunSums = kRunStrips * kStrip * kTileRows;
+
+// Calls make<Rows>(tile, first strip, behind the last) for every tile and run of strips.
+template <class Make>
+void for_strips(const SparseWeight& w, int64_t rows, const Make& make) {
+  int64_t tiles = tile_count(rows), strips = parts_of(w.n, kStrip);
+  int64_t wanted = parts_of(4 * max_threads(), tiles);  // enough tasks for threads of uneven speed
+  int64_t runs = smaller(strips, wanted > parts_of(strips, kRunStrips) ? wanted : parts_of(strips, kRunStrips));
+  parallel_for(tiles * runs, rows * w.slots * 4 >= kMinMacsForThreads, [&](int64_t task) {
+    int64_t tile = task % tiles, run = task / tiles;
+    int64_t first = run * strips / runs, last = (run + 1) * strips / runs;
+    tile_rows(rows, tile) == kTileRows ? make.template operator()<kTileRows>(tile, first, last)
+                                       : make.template operator()<kSmallTileRows>(tile, first, last);
+  });
+}
+
+// Calls make<R>(first row, panel) for every panel and at most Most rows at a time, which read the weights together.
+template <int Most, class Make>
+void for_panels(const SparseWeight& w, int64_t rows, const Make& make) {
+  int64_t panels = packed_panels(w.n), runs = smaller(panels, 16 * max_threads());
+  RowBlocks blocks(rows, Most);
+  parallel_for(runs, rows * w.slots * 4 >= kMinMacsForThreads, [&](int64_t run) {
+    for (int64_t panel = run * panels / runs; panel < (run + 1) * panels / runs; ++panel) {
+      for (int64_t b = 0; b < blocks.count; ++b) {
+        with_sizes<Most, 1>(blocks.size(b), 1,
+                                [&]<int R, int>() { make.template operator()<R>(blocks.start(b), panel); });
+      }
+    }
+  });
+}
+
+// Calls add<chain>(windows, slot) for the steps of a panel, in turn for two chains of sums, so that none need wait for
+// the one before; `windows` is what open(first block) returns.
+template <class Open, class Add>
+inline void for_steps(const SparseWeight& w, int64_t panel, const Open& open, const Add& add) {
+  int64_t windows = parts_of(w.blocks(), kWindow);
+  int64_t slot = w.first[panel], left = (w.first[panel + 1] - slot) / kPanel;
+  for (int64_t i = 0; i < windows; ++i) {
+    auto opened = open(i * kWindow);
+    int64_t steps = take(w.steps[panel * windows + i], left);
+    for (; steps >= 2; steps -= 2, slot += 2 * kPanel) {
+      add.template operator()<0>(opened, slot);
+      add.template operator()<1>(opened, slot + kPanel);
+    }
+    if (steps == 1) {
+      add.template operator()<0>(opened, slot);
+      slot += kPanel;
+    }
+  }
+}
+
+}  // namespace

@@ -1,0 +1,171 @@
+// y = activation(x w^T + bias) + residual in floats, with weights of which only the blocks of 4 inputs that are not all
+// zero are stored. Sums run over those blocks in the order of the inputs, by fused multiply-adds where the ISA has them.
+
+#include "sparse.inl"
+
+namespace {
+
+struct FloatCell {
+  using Value = float;
+  using Lane = float;
+  using Sum = F;
+  static constexpr int kRowBytes = 16;  // of one row and block
+  static Sum read(const Lane* p) { return load(p); }
+  static void write(Lane* p, Sum a) { store(p, a); }
+  template <int V>
+  static void add(Sum (&acc)[V], const char* cells, const Value* values) {
+    auto x = reinterpret_cast<const float*>(cells);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      F w = set1(values[i]);
+#pragma GCC unroll 64
+      for (int v = 0; v < V; ++v) acc[v] = fma(load(x + (i * V + v) * kLanes), w, acc[v]);
+    }
+  }
+};
+
+struct FloatScratch {
+  float* cells;       // tiles, or rows with the inputs of a window as [4][kWindow]
+  float* per_thread;  // kLanes rows before they are transposed, and sums
+  int64_t tile_floats, row_floats, thread_floats;
+
+  float* mine() const { return per_thread + thread_index() * thread_floats; }
+  float* sums() const { return mine() + kLanes * row_floats; }
+
+  FloatScratch(const SparseLinear& a, int64_t rows) : cells(static_cast<float*>(a.scratch)) {
+    int64_t blocks = a.weight.blocks();
+    tile_floats = tile_blocks(blocks) * kTileRows * 4;
+    row_floats = round_up(blocks, kWindow) * 4 + kLanes;
+    thread_floats = kLanes * row_floats + kRunSums;
+    per_thread = cells + round_up(a.weight.few ? rows * row_floats : tile_count(rows) * tile_floats, 16);
+  }
+};
+
+size_t sparse_linear_scratch(const SparseLinear& a) {
+  FloatScratch s(a, smaller(a.m, kRowsPerPass));
+  return static_cast<size_t>(s.per_thread - s.cells + max_threads() * s.thread_floats) * sizeof(float);
+}
+
+// A row as float32, with zeros for the inputs that its last block lacks.
+template <class T>
+void float_row(const SparseLinear& a, int64_t row, float* to) {
+  Plain<T> x{static_cast<const T*>(a.x.data) + row * a.k};
+  for_scaled(x, a.k, 1.0f, [&](int64_t i, F v) { store(to + i, v); });
+}
+
+template <class T>
+void fill_tile(const SparseLinear& a, const FloatScratch& s, int64_t first, int64_t row, int64_t rows) {
+  int64_t inputs = round_up(a.k, 4), count = smaller(kLanes, rows - row), tile = row / kTileRows;
+  for (int64_t r = 0; r < kLanes; ++r) {
+    float* to = s.mine() + r * s.row_floats;
+    r < count ? float_row<T>(a, first + row + r, to)
+              : static_cast<void>(memset(to, 0, static_cast<size_t>(inputs) * sizeof(float)));
+  }
+  int64_t width = tile_rows(rows, tile);
+  auto out = reinterpret_cast<int32_t*>(s.cells + tile * s.tile_floats) + row % kTileRows;
+  for (int64_t i = 0; i < inputs; i += kLanes) {
+    transpose(reinterpret_cast<const int32_t*>(s.mine()) + i, s.row_floats, out + i * width, width);
+  }
+}
+
+// The inputs of a window apart: all first ones of its blocks, all second ones, ..
+template <class T>
+void fill_row(const SparseLinear& a, const FloatScratch& s, int64_t first, int64_t row) {
+  float *from = s.mine(), *to = s.cells + row * s.row_floats;
+  float_row<T>(a, first + row, from);
+  for (int64_t i = 0; i < round_up(a.k, 4); ++i) {
+    constexpr int64_t kInputs = 4 * kWindow;
+    to[i / kInputs * kInputs + i % 4 * kWindow + i % kInputs / 4] = from[i];
+  }
+}
+
+template <class T>
+void finish(const SparseLinear& a, int64_t row, int rows, int64_t column, int columns, const F* sums) {
+  with_activation(a.activation, [&]<Activation A>() {
+    for (int c = 0; c < columns; c += kLanes, sums += rows) {
+      int n = static_cast<int>(smaller(columns - c, kLanes));
+      for (int r = 0; r < rows; ++r) emit<T, A>(a, row + r, column + c, n, sums[r]);
+    }
+  });
+}
+
+template <class T, int Rows>
+void many_rows(const SparseLinear& a, const FloatScratch& s, int64_t first, int64_t rows, int64_t tile, int64_t from,
+               int64_t to) {
+  auto begin = [](int64_t) { return set1(0.0f); };
+  auto end = [&](int64_t output, int64_t outputs, const float* sums) {
+    for (int64_t row = tile * kTileRows, last_row = smaller(rows, row + Rows); row < last_row; row += kLanes) {
+      alignas(64) int32_t turned[kLanes * kLanes];
+      transpose(reinterpret_cast<const int32_t*>(sums) + row % kTileRows, Rows, turned, kLanes);
+      F of_rows[kLanes];
+      for (int r = 0; r < kLanes; ++r) of_rows[r] = from_bits(iload(turned + r * kLanes));
+      finish<T>(a, first + row, static_cast<int>(smaller(kLanes, last_row - row)), output, static_cast<int>(outputs),
+                of_rows);
+    }
+  };
+  auto cells = reinterpret_cast<const char*>(s.cells + tile * s.tile_floats);
+  tile_of_strips<FloatCell, Rows>(a.weight, cells, from, to, s.sums(), begin, end);
+}
+
+template <class T>
+void few_rows(const SparseLinear& a, const FloatScratch& s, int64_t first, int64_t row, int64_t panel) {
+  constexpr int V = kVectorsPerPanel;
+  const SparseWeight& w = a.weight;
+  struct Windows {
+    Window of[4];
+  };
+  F acc[2][V];
+#pragma GCC unroll 64
+  for (int v = 0; v < 2 * V; ++v) acc[v / V][v % V] = set1(0.0f);
+  auto open = [&](int64_t block) {
+    Windows windows;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      windows.of[i] =
+          window(reinterpret_cast<const int32_t*>(s.cells + row * s.row_floats) + block * 4 + i * kWindow);
+    }
+    return windows;
+  };
+  auto values = static_cast<const float*>(w.values);
+  for_steps(w, panel, open, [&]<int Chain>(const Windows& windows, int64_t slot) {
+#pragma GCC unroll 64
+    for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        F x = from_bits(pick(windows.of[i], w.index + slot + v * kLanes));
+        acc[Chain][v] = fma(x, load(values + slot * 4 + i * kPanel + v * kLanes), acc[Chain][v]);
+      }
+    }
+  });
+  F total[V];
+#pragma GCC unroll 64
+  for (int v = 0; v < V; ++v) total[v] = add(acc[0][v], acc[1][v]);
+  int64_t column = panel * kPanel;
+  finish<T>(a, first + row, 1, column, static_cast<int>(smaller(kPanel, w.n - column)), total);
+}
+
+template <class T>
+void sparse_linear_of(const SparseLinear& a) {
+  for (int64_t first = 0; first < a.m; first += kRowsPerPass) {
+    int64_t rows = smaller(kRowsPerPass, a.m - first);
+    FloatScratch s(a, smaller(a.m, kRowsPerPass));
+    bool threads = rows * a.k >= kMinQuantiseForThreads;
+    if (a.weight.few) {
+      parallel_for(rows, threads, [&](int64_t row) { fill_row<T>(a, s, first, row); });
+      for_panels<1>(a.weight, rows, [&]<int>(int64_t row, int64_t panel) { few_rows<T>(a, s, first, row, panel); });
+    } else {
+      parallel_for(parts_of(rows, kLanes), threads,
+                   [&](int64_t block) { fill_tile<T>(a, s, first, block * kLanes, rows); });
+      for_strips(a.weight, rows, [&]<int Rows>(int64_t tile, int64_t from, int64_t to) {
+        many_rows<T, Rows>(a, s, first, rows, tile, from, to);
+      });
+    }
+  }
+}
+
+void sparse_linear(const SparseLinear& a) {
+  if (a.m == 0 || a.n == 0) return;
+  a.x.type == Type::f32 ? sparse_linear_of<float>(a) : sparse_linear_of<bf16>(a);
+}
+
+}  // namespace

@@ -1,0 +1,183 @@
+"""Linear layer with int8 weights of which most blocks are zero, activations quantised on the fly.
+
+The scheme is that of :mod:`potstill.ops.int8_linear`, and so are the results, bit for bit: blocks of zeros are only
+left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from potstill import _C
+from potstill.ops.activation import activation_gradient
+from potstill.ops.int8_linear import int8_linear
+from potstill.ops.int8_linear import pack as pack_dense
+from potstill.ops.op import Cost, Kernel, Op, Sample
+from potstill.ops.sparse import ROWS, Rows, check_packed, from_blocks, pack, to_blocks, unpack
+from potstill.ops.sparse_samples import bench_samples, csr_linear, random_blocks, test_samples
+
+
+def _integers(weight: Tensor, k: int) -> Tensor:
+    return from_blocks(*unpack(weight), k)
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor) -> None:
+    check_packed("sparse_int8_linear", weight, scale.numel(), x.shape[-1], 1)
+
+
+def _reference(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    _check(x, weight, scale)
+    packed = pack_dense(_integers(weight, x.shape[-1]))
+    y: Tensor = int8_linear.reference(x, packed, scale, bias, activation, residual, factor)
+    return y
+
+
+def _fake(x: Tensor, weight: Tensor, scale: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+def _cpu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    n = scale.shape[0]
+    y = x.new_empty((*x.shape[:-1], n))
+    rows = math.prod(x.shape[:-1])
+    x = x.reshape(rows, x.shape[-1]).contiguous()
+    if residual is not None:
+        residual = residual.reshape(rows, n).contiguous()
+    _C.sparse_int8_linear(x, weight, scale, bias, activation, residual, factor, y.view(rows, n))
+    return y
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, bias, activation, _, factor = inputs
+    ctx.activation = activation
+    ctx.save_for_backward(weight, scale, factor, *((x, bias) if activation != "none" else ()))
+    ctx.in_features, ctx.x_dtype = x.shape[-1], x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # Straight-through, as int8_linear.
+    weight, scale, factor, *again = ctx.saved_tensors
+    grad_x = grad_bias = None
+    grad_residual = grad if ctx.needs_input_grad[5] else None
+    if again:
+        x, bias = again
+        before = sparse_int8_linear(x.detach(), weight, scale, bias, factor=factor)
+        grad = activation_gradient(ctx.activation, grad, before)
+    if ctx.needs_input_grad[0]:
+        grad_x = (grad * scale.to(grad.dtype)) @ _integers(weight, ctx.in_features).to(grad.dtype)
+        grad_x = (grad_x if factor is None else grad_x * factor).to(ctx.x_dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, scale.shape[0]).sum(0).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None, grad_residual, None
+
+
+def _arguments(
+    shape: tuple[int, ...],
+    n: int,
+    rows: Rows,
+    sparsity: float = 0.8,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+    special: Iterable[float] = (),
+    activation: str = "none",
+    residual: bool = False,
+    factor: bool = False,
+) -> dict[str, Any]:
+    k = shape[-1]
+    random = torch.Generator().manual_seed(k * 7919 + n)
+    integers = torch.randint(-127, 128, (n, k), generator=random, dtype=torch.int8)
+    integers *= random_blocks(n, k, sparsity, random)
+    x = torch.randn(shape, generator=random)
+    for row, value in enumerate(special):  # one in each of the first rows
+        x.view(-1, k)[row, k // 2] = value
+    return {
+        "x": x.to(dtype),
+        "weight": pack(*to_blocks(integers), k, rows),
+        "scale": torch.rand(n, generator=random) * 0.01 + 1e-4,
+        "bias": torch.randn(n, generator=random).to(dtype) if bias else None,
+        "activation": activation,
+        "residual": torch.randn((*shape[:-1], n), generator=random).to(dtype) if residual else None,
+        "factor": torch.rand(k, generator=random) * 0.9 + 0.1 if factor else None,
+    }
+
+
+def _samples(size: str) -> Iterable[Sample]:
+    if size == "bench":
+        yield from bench_samples(_arguments)
+        return
+    yield from test_samples(_arguments, (math.nan, math.inf, -math.inf, 3e38, 1e-45))
+    for rows in ROWS:
+        for shape in ((2, 7, 43), (1, 40)):
+            yield Sample(f"factors, {list(shape)}, {rows} rows", partial(_arguments, shape, 83, rows, factor=True))
+
+
+def _cost(x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None = None, **_: Any) -> Cost:
+    n, k = scale.numel(), x.shape[-1]
+    m = x.numel() // max(k, 1)
+    kept, outputs = float(unpack(weight)[1].numel()), n if residual is None else 2 * n
+    mask = n * k / 4 / 8  # a bit for each block
+    return Cost(int8_ops=2.0 * m * kept, bytes=kept + mask + x.element_size() * m * (outputs + k))
+
+
+def _rivals(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, **_: Any
+) -> dict[str, Callable[[], Any]]:
+    integers = _integers(weight, x.shape[-1])
+    packed, floats = pack_dense(integers), integers.float() * scale[:, None]
+    csr = floats.to_sparse_csr()
+    return {
+        "torch eager": lambda: torch.nn.functional.linear(x, floats, bias),
+        "torch CSR": lambda: csr_linear(x, csr, bias),
+        "int8_linear": lambda: int8_linear(x, packed, scale, bias),
+    }
+
+
+sparse_int8_linear = Op(
+    "sparse_int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, str activation='none', "
+    "Tensor? residual=None, Tensor? factor=None) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
+    autocast=True,
+    differentiable=(0, 3, 5),
+    setup_context=_setup_context,
+    backward=_backward,
+    samples=_samples,
+    tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3},
+    cost=_cost,
+    rivals=_rivals,
+)
+"""``y = activation(x @ (weight * scale[:, None]).t() + bias) + residual`` with x quantised per row to int8.
+
+- ``weight``: int8 weights in [-127, 127], packed by :func:`sparse.pack` for many rows of x or for few.
+- all else: as for :data:`int8_linear`, whose result this is, bit for bit.
+
+>>> from potstill.ops.int8_linear import quantize_weight
+>>> integers, scale = quantize_weight(torch.eye(8))
+>>> packed = pack(*to_blocks(integers), 8, "few")
+>>> sparse_int8_linear(torch.arange(8.0)[None], packed, scale).round(decimals=1)
+tensor([[0., 1., 2., 3., 4., 5., 6., 7.]])
+"""
