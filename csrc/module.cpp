@@ -39,9 +39,9 @@ void set_linear(Args& a, const char* op, py::handle x, int64_t n, py::handle bia
 
 void set_int8(Int8Linear& a, const char* op, py::handle x, const TensorView& scale, py::handle factor) {
   if (a.k > kMaxFeatures) {
-    TensorView(x, op, "x").fail("has " + std::to_string(a.k) + " features",
-                                "sums of int8 products are exact up to " + std::to_string(kMaxFeatures) +
-                                    "; split the layer");
+    TensorView(x, op, "x")
+        .fail("has " + std::to_string(a.k) + " features",
+              "sums of int8 products are exact up to " + std::to_string(kMaxFeatures) + "; split the layer");
   }
   a.scale = scale.shape({a.n}).f32();
   if (!factor.is_none()) a.factor = TensorView(factor, op, "factor").contiguous().shape({a.k}).f32();

@@ -64,14 +64,27 @@ void with_activation(Activation activation, const Body& f) {
   }
 }
 
-// Writes n lanes of a row: y, its bias, activation and residual.
-template <class T, Activation A, class Args>
-void emit(const Args& a, int64_t row, int64_t column, int n, F y) {
-  y = activate<A>(add_bias(y, a.bias, column, n));
-  int64_t at = row * a.n + column;
-  if (a.residual.data != nullptr) y = add(y, load_n(static_cast<const T*>(a.residual.data) + at, n, 0.0f));
-  T* out = static_cast<T*>(a.y.data) + at;
-  n == kLanes ? store(out, y) : store_n(out, y, n);
-}
+// Where a linear layer's results go, and what they become on the way. A copy of its own in every loop that writes: what
+// lies in memory would be read again after each store.
+template <class T>
+struct Output {
+  T* y;
+  const T* residual;
+  FloatPtr bias;
+  int64_t n;
+
+  template <class Args>
+  explicit Output(const Args& a)
+      : y(static_cast<T*>(a.y.data)), residual(static_cast<const T*>(a.residual.data)), bias(a.bias), n(a.n) {}
+
+  // Writes the first `lanes` of a vector of outputs of a row.
+  template <Activation A>
+  void write(int64_t row, int64_t column, int lanes, F v) const {
+    v = activate<A>(add_bias(v, bias, column, lanes));
+    int64_t at = row * n + column;
+    if (residual != nullptr) v = add(v, load_n(residual + at, lanes, 0.0f));
+    lanes == kLanes ? store(y + at, v) : store_n(y + at, v, lanes);
+  }
+};
 
 }  // namespace

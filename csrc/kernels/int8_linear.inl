@@ -115,14 +115,19 @@ struct Pass {  // one pass over at most kRowsPerPass rows
 // Multiplication and addition stay separate (and contraction is off), so that every ISA gives the same bits.
 template <class T>
 void finish(const Pass& s, int64_t row, int rows, int64_t column, int columns, const I* sums) {
-  const Int8Linear& a = s.a;
-  with_activation(a.activation, [&]<Activation A>() {
-    for (int c = 0; c < columns; c += kLanes, sums += rows) {
-      int n = static_cast<int>(smaller(columns - c, kLanes));
-      F scale = load_n(a.scale + column + c, n, 0.0f);
-      for (int r = 0; r < rows; ++r) {
-        F y = mul(to_float(sums[r]), mul(set1(s.scales[row + r].scale), scale));
-        emit<T, A>(a, s.first_row + row + r, column + c, n, y);
+  with_activation(s.a.activation, [=, &s]<Activation A>() {
+    const Output<T> output(s.a);
+    const float* scales = s.a.scale + column;
+    const RowScale* of_rows = s.scales + row;
+    const I* at = sums;
+    int64_t first_row = s.first_row + row;
+    int count = rows, width = columns;
+    for (int c = 0; c < width; c += kLanes, at += count) {
+      int n = static_cast<int>(smaller(width - c, kLanes));
+      F scale = load_n(scales + c, n, 0.0f);
+      for (int r = 0; r < count; ++r) {
+        F y = mul(to_float(at[r]), mul(set1(of_rows[r].scale), scale));
+        output.template write<A>(first_row + r, column + c, n, y);
       }
     }
   });

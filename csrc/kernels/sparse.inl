@@ -2,8 +2,9 @@
 // weights of sparse_layout.h.
 //
 // Many rows. A tile is Rows rows of activations as [block][Rows] of four inputs each, so that a block of weights, which
-// all rows share, is broadcast and multiplied with vectors of rows: a load of activations for each product is the
-// bound, 1 per cycle on Zen 4 with 512 bits, and a broadcast for every Rows / kLanes products. The sums of the outputs
+// all rows share, is broadcast and multiplied with vectors of rows. Each product needs a load of activations, one per
+// cycle on Zen 4 with 512 bits, so that other loads are what costs: an index and a block each for every Rows / kLanes
+// products would be a third more. The sums of the outputs
 // lie transposed, [output][Rows], between the chunks of inputs and before the epilogue.
 //
 // Few rows. The lanes are outputs; each picks its own block of the row's window of kWindow blocks, which AVX-512 holds
@@ -34,23 +35,27 @@ inline int64_t take(int64_t steps, int64_t& left) {
   return taken;
 }
 
-// Adds the blocks of one chunk to sums[output][Rows]; `tile` are the activations of that chunk. Cell says what one
-// block of weights does to a vector of rows.
+// Adds blocks to the sums of kOutputsAtOnce outputs, each of Rows rows; Cell says what a block does to vectors of rows.
+// `start` is where the sums of a first chunk begin, or null.
 template <class Cell, int Rows>
 void add_group(const char* tile, const uint8_t* index, const typename Cell::Value* values, int64_t steps,
-               typename Cell::Lane* const* sums) {
+               const typename Cell::Sum* start, typename Cell::Lane* const* sums) {
   constexpr int V = Rows / kLanes;
   typename Cell::Sum acc[kOutputsAtOnce][V];
 #pragma GCC unroll 64
   for (int o = 0; o < kOutputsAtOnce; ++o) {
 #pragma GCC unroll 64
-    for (int v = 0; v < V; ++v) acc[o][v] = Cell::read(sums[o] + v * kLanes);
+    for (int v = 0; v < V; ++v) acc[o][v] = start != nullptr ? start[o] : Cell::read(sums[o] + v * kLanes);
   }
   for (int64_t step = 0; step < steps; ++step, index += kGroup, values += 4 * kGroup) {
+    uint32_t places = 0;
+    memcpy(&places, index, kOutputsAtOnce);
+    const char* cells[kOutputsAtOnce];
 #pragma GCC unroll 64
     for (int o = 0; o < kOutputsAtOnce; ++o) {
-      Cell::template add<V>(acc[o], tile + index[o] * int64_t{Cell::kRowBytes * Rows}, values + 4 * o);
+      cells[o] = tile + (places >> (8 * o) & 255) * int64_t{Cell::kRowBytes * Rows};
     }
+    Cell::template add<V>(acc, cells, values);
   }
 #pragma GCC unroll 64
   for (int o = 0; o < kOutputsAtOnce; ++o) {
@@ -59,6 +64,7 @@ void add_group(const char* tile, const uint8_t* index, const typename Cell::Valu
   }
 }
 
+// Adds a chunk of inputs to a strip's sums [output][Rows].
 template <class Cell, int Rows>
 void add_chunk(const SparseWeight& w, const char* tile, int64_t strip, int64_t chunk, int64_t chunks,
                typename Cell::Lane* sums) {
@@ -68,34 +74,59 @@ void add_chunk(const SparseWeight& w, const char* tile, int64_t strip, int64_t c
   tile += chunk * chunk_blocks(sizeof(typename Cell::Value)) * Cell::kRowBytes * Rows;
   for (int group = 0; group < kGroups; ++group, outputs += kGroup) {
     int64_t taken = take(steps[group], left);
+    if (taken == 0 && chunk > 0) continue;
     auto values = static_cast<const typename Cell::Value*>(w.values) + slot * 4;
-    for (int half = 0; half < kGroup && taken > 0; half += kOutputsAtOnce) {
+    for (int half = 0; half < kGroup; half += kOutputsAtOnce) {
       typename Cell::Lane* of[kOutputsAtOnce];
-      for (int o = 0; o < kOutputsAtOnce; ++o) of[o] = sums + outputs[half + o] % kStrip * Rows;
-      add_group<Cell, Rows>(tile, w.index + slot + half, values + 4 * half, taken, of);
+      typename Cell::Sum start[kOutputsAtOnce];
+      for (int o = 0; o < kOutputsAtOnce; ++o) {
+        int64_t output = outputs[half + o] % kStrip;
+        of[o] = sums + output * Rows;
+        start[o] = Cell::start(w, strip * kStrip + output);
+      }
+      add_group<Cell, Rows>(tile, w.index + slot + half, values + 4 * half, taken, chunk == 0 ? start : nullptr, of);
     }
     slot += taken * kGroup;
   }
 }
 
-// Calls finish(first output, outputs, sums [output][Rows]) for the strips from `first` to `last`, whose sums begin as
-// begin(output) says.
-template <class Cell, int Rows, class Begin, class Finish>
+// Makes the sums [output][Rows] of the strips from `first` to `last`, and calls finish(strip, sums) for each.
+template <class Cell, int Rows, class Finish>
 void tile_of_strips(const SparseWeight& w, const char* tile, int64_t first, int64_t last, typename Cell::Lane* sums,
-                    const Begin& begin, const Finish& finish) {
-  constexpr int64_t kStripSums = int64_t{kStrip} * Rows;
+                    const Finish& finish) {
   int64_t chunks = parts_of(w.blocks(), chunk_blocks(sizeof(typename Cell::Value)));
-  for (int64_t output = 0; output < (last - first) * kStrip; ++output) {
-    typename Cell::Sum start = begin(first * kStrip + output);
-    for (int v = 0; v < Rows; v += kLanes) Cell::write(sums + output * Rows + v, start);
-  }
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     for (int64_t strip = first; strip < last; ++strip) {
-      add_chunk<Cell, Rows>(w, tile, strip, chunk, chunks, sums + (strip - first) * kStripSums);
+      typename Cell::Lane* own = sums + (strip - first) * kStrip * Rows;
+      add_chunk<Cell, Rows>(w, tile, strip, chunk, chunks, own);
+      if (chunk + 1 == chunks) finish(strip, own);
     }
   }
-  for (int64_t output = first * kStrip; output < smaller(last * kStrip, w.n); output += kLanes) {
-    finish(output, smaller(w.n - output, kLanes), sums + (output - first * kStrip) * Rows);
+}
+
+// Calls emit(row, output, lanes, vector of outputs) for a strip's sums, which are turned for it, row by row. What it
+// will write to y is fetched meanwhile.
+template <int Rows, class T, class Emit>
+inline void turn_strip(const void* sums, T* y, int64_t n, int64_t strip, int64_t first_row, int64_t rows,
+                       const Emit& emit) {
+  alignas(64) int32_t turned[kLanes * kStrip];
+  int64_t column = strip * kStrip;
+  int outputs = static_cast<int>(smaller(kStrip, n - column));
+  for (int64_t part = 0; part < smaller(Rows, rows - first_row); part += kLanes) {
+    int64_t last = smaller(part + kLanes, rows - first_row);
+    for (int output = 0; output < outputs; output += kLanes) {
+      const T* out = y + (first_row + part) * n + column + output;
+      for (int64_t row = part; row < last; ++row, out += n) __builtin_prefetch(out, 1);
+      transpose(static_cast<const int32_t*>(sums) + output * Rows + part, Rows, turned + output, kStrip);
+    }
+    for (int64_t row = part; row < last; ++row) {
+      const int32_t* of_row = turned + (row - part) * kStrip;
+      int output = 0;
+      for (; output + kLanes <= outputs; output += kLanes) {
+        emit(first_row + row, column + output, kLanes, of_row + output);
+      }
+      if (output < outputs) emit(first_row + row, column + output, outputs - output, of_row + output);
+    }
   }
 }
 
@@ -126,7 +157,7 @@ void for_panels(const SparseWeight& w, int64_t rows, const Make& make) {
     for (int64_t panel = run * panels / runs; panel < (run + 1) * panels / runs; ++panel) {
       for (int64_t b = 0; b < blocks.count; ++b) {
         with_sizes<Most, 1>(blocks.size(b), 1,
-                                [&]<int R, int>() { make.template operator()<R>(blocks.start(b), panel); });
+                            [&]<int R, int>() { make.template operator()<R>(blocks.start(b), panel); });
       }
     }
   });

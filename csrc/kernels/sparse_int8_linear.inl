@@ -12,13 +12,19 @@ struct Int8Cell {
   using Lane = int32_t;
   using Sum = I;
   static constexpr int kRowBytes = 4;  // of one row and block
+  static Sum start(const SparseWeight& w, int64_t output) { return ::start(iset1(w.sums[output]), 0); }
   static Sum read(const Lane* p) { return iload(p); }
   static void write(Lane* p, Sum a) { istore(p, a); }
   template <int V>
-  static void add(Sum (&acc)[V], const char* cells, const Value* values) {
-    I w = broadcast_quad(values);
+  static void add(Sum (&acc)[kOutputsAtOnce][V], const char* const (&cells)[kOutputsAtOnce], const Value* values) {
+    I w[kOutputsAtOnce];
+    spread(values, w);
 #pragma GCC unroll 64
-    for (int v = 0; v < V; ++v) acc[v] = dot_cells(acc[v], iload(reinterpret_cast<const int32_t*>(cells) + v * kLanes), w);
+    for (int o = 0; o < kOutputsAtOnce; ++o) {
+      auto x = reinterpret_cast<const int32_t*>(cells[o]);
+#pragma GCC unroll 64
+      for (int v = 0; v < V; ++v) acc[o][v] = dot_cells(acc[o][v], iload(x + v * kLanes), w[o]);
+    }
   }
 };
 
@@ -89,18 +95,20 @@ template <class T, int Rows>
 void many_rows(const Pass& pass, const SparseInt8Linear& a, const SparseScratch& s, int64_t rows, int64_t tile,
                int64_t first, int64_t last) {
   const SparseWeight& w = a.weight;
-  auto begin = [&](int64_t output) { return start(iset1(w.sums[output]), 0); };
-  auto end = [&](int64_t output, int64_t outputs, const int32_t* sums) {
-    for (int64_t row = tile * kTileRows, last_row = smaller(rows, row + Rows); row < last_row; row += kLanes) {
-      alignas(64) int32_t turned[kLanes * kLanes];
-      transpose(sums + row % kTileRows, Rows, turned, kLanes);
-      I of_rows[kLanes];
-      for (int r = 0; r < kLanes; ++r) of_rows[r] = iload(turned + r * kLanes);
-      finish<T>(pass, row, static_cast<int>(smaller(kLanes, last_row - row)), output, static_cast<int>(outputs),
-                of_rows);
-    }
+  auto end = [&](int64_t strip, const int32_t* sums) {
+    with_activation(a.dense.activation, [&]<Activation A>() {
+      const Output<T> output(a.dense);
+      const float* scales = a.dense.scale;
+      const RowScale* of_rows = pass.scales;
+      int64_t first_row = pass.first_row;
+      turn_strip<Rows>(sums, output.y + first_row * w.n, w.n, strip, tile * kTileRows, rows,
+                       [=](int64_t row, int64_t column, int lanes, const int32_t* turned) {
+                         F scale = mul(set1(of_rows[row].scale), load_n(scales + column, lanes, 0.0f));
+                         output.template write<A>(first_row + row, column, lanes, mul(to_float(iload(turned)), scale));
+                       });
+    });
   };
-  tile_of_strips<Int8Cell, Rows>(w, s.cells + tile * s.tile_bytes(w.blocks()), first, last, s.sums(), begin, end);
+  tile_of_strips<Int8Cell, Rows>(w, s.cells + tile * s.tile_bytes(w.blocks()), first, last, s.sums(), end);
 }
 
 template <class T, int R>

@@ -1,5 +1,6 @@
 // y = activation(x w^T + bias) + residual in floats, with weights of which only the blocks of 4 inputs that are not all
-// zero are stored. Sums run over those blocks in the order of the inputs, by fused multiply-adds where the ISA has them.
+// zero are stored. Sums run over those blocks in the order of the inputs, by fused multiply-adds where the ISA has
+// them.
 
 #include "sparse.inl"
 
@@ -10,16 +11,21 @@ struct FloatCell {
   using Lane = float;
   using Sum = F;
   static constexpr int kRowBytes = 16;  // of one row and block
+  static Sum start(const SparseWeight&, int64_t) { return set1(0.0f); }
   static Sum read(const Lane* p) { return load(p); }
   static void write(Lane* p, Sum a) { store(p, a); }
   template <int V>
-  static void add(Sum (&acc)[V], const char* cells, const Value* values) {
-    auto x = reinterpret_cast<const float*>(cells);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      F w = set1(values[i]);
+  static void add(Sum (&acc)[kOutputsAtOnce][V], const char* const (&cells)[kOutputsAtOnce], const Value* values) {
 #pragma GCC unroll 64
-      for (int v = 0; v < V; ++v) acc[v] = fma(load(x + (i * V + v) * kLanes), w, acc[v]);
+    for (int o = 0; o < kOutputsAtOnce; ++o) {
+      auto x = reinterpret_cast<const float*>(cells[o]);
+      I w[4];
+      spread(values + 4 * o, w);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 64
+        for (int v = 0; v < V; ++v) acc[o][v] = fma(load(x + (i * V + v) * kLanes), from_bits(w[i]), acc[o][v]);
+      }
     }
   }
 };
@@ -80,11 +86,13 @@ void fill_row(const SparseLinear& a, const FloatScratch& s, int64_t first, int64
 }
 
 template <class T>
-void finish(const SparseLinear& a, int64_t row, int rows, int64_t column, int columns, const F* sums) {
-  with_activation(a.activation, [&]<Activation A>() {
-    for (int c = 0; c < columns; c += kLanes, sums += rows) {
-      int n = static_cast<int>(smaller(columns - c, kLanes));
-      for (int r = 0; r < rows; ++r) emit<T, A>(a, row + r, column + c, n, sums[r]);
+void finish(const SparseLinear& a, int64_t row, int64_t column, int columns, const F* sums) {
+  with_activation(a.activation, [=, &a]<Activation A>() {
+    const Output<T> output(a);
+    const F* at = sums;
+    int width = columns;
+    for (int c = 0; c < width; c += kLanes) {
+      output.template write<A>(row, column + c, static_cast<int>(smaller(width - c, kLanes)), at[c / kLanes]);
     }
   });
 }
@@ -92,19 +100,18 @@ void finish(const SparseLinear& a, int64_t row, int rows, int64_t column, int co
 template <class T, int Rows>
 void many_rows(const SparseLinear& a, const FloatScratch& s, int64_t first, int64_t rows, int64_t tile, int64_t from,
                int64_t to) {
-  auto begin = [](int64_t) { return set1(0.0f); };
-  auto end = [&](int64_t output, int64_t outputs, const float* sums) {
-    for (int64_t row = tile * kTileRows, last_row = smaller(rows, row + Rows); row < last_row; row += kLanes) {
-      alignas(64) int32_t turned[kLanes * kLanes];
-      transpose(reinterpret_cast<const int32_t*>(sums) + row % kTileRows, Rows, turned, kLanes);
-      F of_rows[kLanes];
-      for (int r = 0; r < kLanes; ++r) of_rows[r] = from_bits(iload(turned + r * kLanes));
-      finish<T>(a, first + row, static_cast<int>(smaller(kLanes, last_row - row)), output, static_cast<int>(outputs),
-                of_rows);
-    }
+  auto end = [&](int64_t strip, const float* sums) {
+    with_activation(a.activation, [&]<Activation A>() {
+      const Output<T> output(a);
+      int64_t first_row = first;
+      turn_strip<Rows>(sums, output.y + first_row * a.n, a.n, strip, tile * kTileRows, rows,
+                       [=](int64_t row, int64_t column, int lanes, const int32_t* turned) {
+                         output.template write<A>(first_row + row, column, lanes, from_bits(iload(turned)));
+                       });
+    });
   };
   auto cells = reinterpret_cast<const char*>(s.cells + tile * s.tile_floats);
-  tile_of_strips<FloatCell, Rows>(a.weight, cells, from, to, s.sums(), begin, end);
+  tile_of_strips<FloatCell, Rows>(a.weight, cells, from, to, s.sums(), end);
 }
 
 template <class T>
@@ -121,8 +128,7 @@ void few_rows(const SparseLinear& a, const FloatScratch& s, int64_t first, int64
     Windows windows;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      windows.of[i] =
-          window(reinterpret_cast<const int32_t*>(s.cells + row * s.row_floats) + block * 4 + i * kWindow);
+      windows.of[i] = window(reinterpret_cast<const int32_t*>(s.cells + row * s.row_floats) + block * 4 + i * kWindow);
     }
     return windows;
   };
@@ -141,7 +147,7 @@ void few_rows(const SparseLinear& a, const FloatScratch& s, int64_t first, int64
 #pragma GCC unroll 64
   for (int v = 0; v < V; ++v) total[v] = add(acc[0][v], acc[1][v]);
   int64_t column = panel * kPanel;
-  finish<T>(a, first + row, 1, column, static_cast<int>(smaller(kPanel, w.n - column)), total);
+  finish<T>(a, first + row, column, static_cast<int>(smaller(kPanel, w.n - column)), total);
 }
 
 template <class T>

@@ -219,6 +219,11 @@ inline I dot_cells(I acc, I x, I w) {
   __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x.v), _mm256_sign_epi8(w.v, x.v));
   return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
 }
+template <int N>
+inline void spread(const void* p, I (&to)[N]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i) to[i] = broadcast_quad(static_cast<const int8_t*>(p) + 4 * i);
+}
 struct Window {
   const int32_t* p;
 };

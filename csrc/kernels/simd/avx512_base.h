@@ -124,6 +124,16 @@ inline I broadcast_quad(const int8_t* p) { return {broadcast(p)}; }
 constexpr int kOutputsAtOnce = 4;
 inline void istore(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 inline F from_bits(I a) { return {_mm512_castsi512_ps(a.v)}; }
+// One load, and shuffles inside 128 bits: loads are what the sparse kernels run out of.
+template <int N>
+inline void spread(const void* p, I (&to)[N]) {
+  static_assert(N == 4);
+  __m512i four = _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  to[0].v = _mm512_shuffle_epi32(four, static_cast<_MM_PERM_ENUM>(0x00));
+  to[1].v = _mm512_shuffle_epi32(four, static_cast<_MM_PERM_ENUM>(0x55));
+  to[2].v = _mm512_shuffle_epi32(four, static_cast<_MM_PERM_ENUM>(0xaa));
+  to[3].v = _mm512_shuffle_epi32(four, static_cast<_MM_PERM_ENUM>(0xff));
+}
 struct Window {
   __m512i low, high;
 };

@@ -168,8 +168,10 @@ inline void store_cells(int8_t* p, F a) {
   NegativeSum unused;
   store_quads(p, 0, a, unused);
 }
-inline I dot_cells(I acc, I x, I w) {
-  return {vdotq_s32(acc.v, vreinterpretq_s8_s32(x.v), vreinterpretq_s8_s32(w.v))};
+inline I dot_cells(I acc, I x, I w) { return {vdotq_s32(acc.v, vreinterpretq_s8_s32(x.v), vreinterpretq_s8_s32(w.v))}; }
+template <int N>
+inline void spread(const void* p, I (&to)[N]) {
+  for (int i = 0; i < N; ++i) to[i] = broadcast_quad(static_cast<const int8_t*>(p) + 4 * i);
 }
 struct Window {
   const int32_t* p;

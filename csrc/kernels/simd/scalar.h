@@ -31,6 +31,7 @@
 //   store_cells kZeroCell      rounds kLanes activations to bytes, side by side, in the form that dot_cells() takes
 //   dot_cells                  adds the products of four activations and four weights, lane by lane; sums begin with
 //                              start(the lane's sum of weights, 0)
+//   spread                     N consecutive int32, each in all lanes of a vector of its own; N is 1, 2 or 4
 //   Window window pick         32 lanes of memory; those that kLanes indices name, each modulo 32
 //   transpose                  a square of kLanes x kLanes int32; strides in int32
 //   istore from_bits           an I to memory; its bits as floats
@@ -203,6 +204,10 @@ inline I dot_cells(I acc, I x, I w) {
   memcpy(weight.w, &w.v, 4);
   memcpy(quads.x, &x.v, 4);
   return dot_floor(acc, weight, quads);
+}
+template <int N>
+inline void spread(const void* p, I (&to)[N]) {
+  for (int i = 0; i < N; ++i) memcpy(&to[i].v, static_cast<const char*>(p) + 4 * i, 4);
 }
 struct Window {
   const int32_t* p;

@@ -117,7 +117,11 @@ def _arguments(
 
 
 def _samples(size: str) -> Iterable[Sample]:
-    return bench_samples(_arguments) if size == "bench" else test_samples(_arguments, (math.nan, math.inf, -math.inf, 1e-45))
+    return (
+        bench_samples(_arguments)
+        if size == "bench"
+        else test_samples(_arguments, (math.nan, math.inf, -math.inf, 1e-45))
+    )
 
 
 def _cost(x: Tensor, weight: Tensor, out_features: int, residual: Tensor | None = None, **_: Any) -> Cost:
