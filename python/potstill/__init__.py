@@ -13,9 +13,13 @@ from potstill.transform import (
     Int8,
     LayerRow,
     Mixed,
+    Prune,
+    PruneReport,
+    PruneRow,
     Report,
     calibrate_,
     fuse_,
+    prune_,
     quantize_,
 )
 
@@ -29,6 +33,9 @@ __all__ = [
     "Int8",
     "LayerRow",
     "Mixed",
+    "Prune",
+    "PruneReport",
+    "PruneRow",
     "Report",
     "__version__",
     "calibrate_",
@@ -36,6 +43,7 @@ __all__ = [
     "load",
     "nn",
     "ops",
+    "prune_",
     "quantize_",
     "save",
 ]

@@ -10,12 +10,14 @@ from potstill.nn.int4 import Int4Linear
 from potstill.nn.linear import Int8Linear
 from potstill.nn.linear_kd_loss import LinearKDLoss
 from potstill.nn.loss import KDLoss
+from potstill.nn.masked import MaskedConv2d, MaskedLinear
 from potstill.nn.norm import AddLayerNorm
 from potstill.nn.residual import LinearAddNorm
 from potstill.nn.shared import Int8LinearPart
 
 _LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
-KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer)}
+_MASKED = (MaskedLinear, MaskedConv2d)
+KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer, *_MASKED)}
 """Each drop-in layer by the name that checkpoints know it by."""
 
 __all__ = [
@@ -31,4 +33,6 @@ __all__ = [
     "KDLoss",
     "LinearAddNorm",
     "LinearKDLoss",
+    "MaskedConv2d",
+    "MaskedLinear",
 ]

@@ -3,6 +3,8 @@
 from potstill.transform.calibrate import Calibration, CalibrationRow, calibrate_
 from potstill.transform.configs import Int4, Int8, Mixed
 from potstill.transform.fuse import FusionReport, FusionRow, fuse_
+from potstill.transform.prune import Prune, prune_
+from potstill.transform.prune_report import PruneReport, PruneRow
 from potstill.transform.quantize import quantize_
 from potstill.transform.report import LayerRow, Report
 
@@ -15,8 +17,12 @@ __all__ = [
     "Int8",
     "LayerRow",
     "Mixed",
+    "Prune",
+    "PruneReport",
+    "PruneRow",
     "Report",
     "calibrate_",
     "fuse_",
+    "prune_",
     "quantize_",
 ]

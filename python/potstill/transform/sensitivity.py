@@ -123,14 +123,14 @@ def _measure(model: nn.Module, loader: Iterable[Any], options: list[list[Option]
     bar, batches = Bar(quiet=quiet), 0
     with bar.shown():
         for item in bar.track(loader, "batches"):
-            wanted = _outputs(model, item)
+            wanted = outputs_of(model, item)
             batches += 1
             for option in bar.track(changed, "layers"):
                 # A layer that is replaced under several names, or two with one weight: all at once.
                 pairs = [(layer.site.names, layer.new) for layer in option.group if layer.new is not None]
                 undo = all_of([replace(model, names, new) for names, new in pairs])
                 try:
-                    option.error += _relative_error(wanted, _outputs(model, item))
+                    option.error += relative_error(wanted, outputs_of(model, item))
                 finally:
                     undo()
     if not batches:
@@ -139,12 +139,12 @@ def _measure(model: nn.Module, loader: Iterable[Any], options: list[list[Option]
         option.error /= batches
 
 
-def _outputs(model: nn.Module, item: Any) -> list[Tensor]:
+def outputs_of(model: nn.Module, item: Any) -> list[Tensor]:
     args, kwargs = inputs_of(item)
     with watching(model, ()):  # random numbers too are the same in each run
         found = list(_tensors(model(*args, **kwargs)))
     if not found:
-        raise PotstillError("Mixed.auto: the model returns no floating-point tensor to measure an error of")
+        raise PotstillError("the model returns no floating-point tensor to measure an error of")
     return found
 
 
@@ -156,7 +156,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
 
 
-def _relative_error(wanted: list[Tensor], got: list[Tensor]) -> float:
+def relative_error(wanted: list[Tensor], got: list[Tensor]) -> float:
     """sum (y - y')^2 / sum y^2, on average over the tensors of the output."""
     ratios = [
         float((y.double() - other.double()).square().sum() / y.double().square().sum().clamp_min(1e-300))
