@@ -145,8 +145,9 @@ def batches() -> tuple[list[Any], list[Any]]:
             yield inputs, torch.zeros(len(part), dtype=torch.int64)  # nothing is labelled
 
     held_out, rest = found[:HELD_OUT], found[HELD_OUT:]
-    alike = [text for i in range(0, len(rest), 64 * BATCH) for text in sorted(rest[i : i + 64 * BATCH], key=len)]
-    training = list(grouped(alike))
+    tokens = {text: len(ids) for text, ids in zip(rest, tokenizer(rest)["input_ids"], strict=True)}
+    alike = (sorted(rest[i : i + 64 * BATCH], key=tokens.__getitem__) for i in range(0, len(rest), 64 * BATCH))
+    training = list(grouped([text for part in alike for text in part]))
     shuffled = torch.randperm(len(training), generator=torch.Generator().manual_seed(1)).tolist()
     return [training[i] for i in shuffled], list(grouped(held_out))
 

@@ -1,6 +1,7 @@
 // y = activation(x w^T + bias) + residual in floats, with weights of which only the blocks of 4 inputs that are not all
 // zero are stored. Sums run over those blocks in the order of the inputs, by fused multiply-adds where the ISA has
 // them.
+// A row with a NaN or an infinity counts as zeros, and a NaN is added at its end: slots that are padding meet any input.
 
 #include "sparse.inl"
 
@@ -31,6 +32,7 @@ struct FloatCell {
 };
 
 struct FloatScratch {
+  float* ends;        // of the rows of a pass: 0, or NaN
   float* cells;       // tiles, or rows with the inputs of a window as [4][kWindow]
   float* per_thread;  // kLanes rows before they are transposed, and sums
   int64_t tile_floats, row_floats, thread_floats;
@@ -38,7 +40,8 @@ struct FloatScratch {
   float* mine() const { return per_thread + thread_index() * thread_floats; }
   float* sums() const { return mine() + kLanes * row_floats; }
 
-  FloatScratch(const SparseLinear& a, int64_t rows) : cells(static_cast<float*>(a.scratch)) {
+  FloatScratch(const SparseLinear& a, int64_t rows)
+      : ends(static_cast<float*>(a.scratch)), cells(ends + kRowsPerPass) {
     int64_t blocks = a.weight.blocks();
     tile_floats = tile_blocks(blocks) * kTileRows * 4;
     row_floats = round_up(blocks, kWindow) * 4 + kLanes;
@@ -49,14 +52,21 @@ struct FloatScratch {
 
 size_t sparse_linear_scratch(const SparseLinear& a) {
   FloatScratch s(a, smaller(a.m, kRowsPerPass));
-  return static_cast<size_t>(s.per_thread - s.cells + max_threads() * s.thread_floats) * sizeof(float);
+  return static_cast<size_t>(s.per_thread - s.ends + max_threads() * s.thread_floats) * sizeof(float);
 }
 
-// A row as float32, with zeros for the inputs that its last block lacks.
+// A row as float32, with zeros for the inputs that its last block lacks; returns its end.
 template <class T>
-void float_row(const SparseLinear& a, int64_t row, float* to) {
+float float_row(const SparseLinear& a, int64_t row, float* to) {
   Plain<T> x{static_cast<const T*>(a.x.data) + row * a.k};
-  for_scaled(x, a.k, 1.0f, [&](int64_t i, F v) { store(to + i, v); });
+  I bits = izero();
+  for_scaled(x, a.k, 1.0f, [&](int64_t i, F v) {
+    bits = magnitude_max(bits, v);
+    store(to + i, v);
+  });
+  if (itop(bits) < 0x7f800000) return 0.0f;
+  memset(to, 0, static_cast<size_t>(round_up(a.k, 4)) * sizeof(float));
+  return __builtin_nanf("");
 }
 
 template <class T>
@@ -64,7 +74,7 @@ void fill_tile(const SparseLinear& a, const FloatScratch& s, int64_t first, int6
   int64_t inputs = round_up(a.k, 4), count = smaller(kLanes, rows - row), tile = row / kTileRows;
   for (int64_t r = 0; r < kLanes; ++r) {
     float* to = s.mine() + r * s.row_floats;
-    r < count ? float_row<T>(a, first + row + r, to)
+    r < count ? static_cast<void>(s.ends[row + r] = float_row<T>(a, first + row + r, to))
               : static_cast<void>(memset(to, 0, static_cast<size_t>(inputs) * sizeof(float)));
   }
   int64_t width = tile_rows(rows, tile);
@@ -78,7 +88,7 @@ void fill_tile(const SparseLinear& a, const FloatScratch& s, int64_t first, int6
 template <class T>
 void fill_row(const SparseLinear& a, const FloatScratch& s, int64_t first, int64_t row) {
   float *from = s.mine(), *to = s.cells + row * s.row_floats;
-  float_row<T>(a, first + row, from);
+  s.ends[row] = float_row<T>(a, first + row, from);
   for (int64_t i = 0; i < round_up(a.k, 4); ++i) {
     constexpr int64_t kInputs = 4 * kWindow;
     to[i / kInputs * kInputs + i % 4 * kWindow + i % kInputs / 4] = from[i];
@@ -104,9 +114,11 @@ void many_rows(const SparseLinear& a, const FloatScratch& s, int64_t first, int6
     with_activation(a.activation, [&]<Activation A>() {
       const Output<T> output(a);
       int64_t first_row = first;
+      const float* ends = s.ends;
       turn_strip<Rows>(sums, output.y + first_row * a.n, a.n, strip, tile * kTileRows, rows,
                        [=](int64_t row, int64_t column, int lanes, const int32_t* turned) {
-                         output.template write<A>(first_row + row, column, lanes, from_bits(iload(turned)));
+                         F y = add(from_bits(iload(turned)), set1(ends[row]));
+                         output.template write<A>(first_row + row, column, lanes, y);
                        });
     });
   };
@@ -145,7 +157,7 @@ void few_rows(const SparseLinear& a, const FloatScratch& s, int64_t first, int64
   });
   F total[V];
 #pragma GCC unroll 64
-  for (int v = 0; v < V; ++v) total[v] = add(acc[0][v], acc[1][v]);
+  for (int v = 0; v < V; ++v) total[v] = add(add(acc[0][v], acc[1][v]), set1(s.ends[row]));
   int64_t column = panel * kPanel;
   finish<T>(a, first + row, column, static_cast<int>(smaller(kPanel, w.n - column)), total);
 }

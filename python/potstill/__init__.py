@@ -21,6 +21,7 @@ from potstill.transform import (
     fuse_,
     prune_,
     quantize_,
+    realise_,
 )
 
 __version__ = "0.1.0"
@@ -45,5 +46,6 @@ __all__ = [
     "ops",
     "prune_",
     "quantize_",
+    "realise_",
     "save",
 ]

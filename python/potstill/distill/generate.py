@@ -35,9 +35,9 @@ def generate(
     or what an encoder made of it). At ``temperature`` T a token is drawn from softmax(logits / T) by torch's global
     generator; at 0 it is the likeliest. Behind a row's first new ``stop`` all is ``pad``.
 
-    A model whose ``forward`` takes ``use_cache`` and ``cache`` (or ``past_key_values``, as transformers called it before
-    5.24) reads each token once; any other reads the whole row for each new token. All rows of ``ids`` are prompts of the same length, without
-    padding. Raises :class:`ValueError` for arguments out of range and logits that do not fit.
+    A model whose ``forward`` takes ``use_cache`` and ``cache`` (in transformers before 5.24 ``past_key_values``) reads
+    each token once; any other reads the whole row for each new token. All rows of ``ids`` are prompts of the same
+    length, without padding. Raises :class:`ValueError` for arguments out of range and logits that do not fit.
 
     >>> class Next(nn.Module):  # after token i comes i + 1
     ...     def forward(self, ids):

@@ -14,8 +14,9 @@ from potstill.nn.masked import MaskedConv2d, MaskedLinear
 from potstill.nn.norm import AddLayerNorm
 from potstill.nn.residual import LinearAddNorm
 from potstill.nn.shared import Int8LinearPart
+from potstill.nn.sparse import SparseLinear
 
-_LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
+_LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, SparseLinear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
 _MASKED = (MaskedLinear, MaskedConv2d)
 KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer, *_MASKED)}
 """Each drop-in layer by the name that checkpoints know it by."""
@@ -35,4 +36,5 @@ __all__ = [
     "LinearKDLoss",
     "MaskedConv2d",
     "MaskedLinear",
+    "SparseLinear",
 ]

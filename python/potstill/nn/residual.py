@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from potstill.nn.linear import Int8Linear
 from potstill.nn.norm import AddLayerNorm
+from potstill.nn.sparse import SparseLinear
 
 
 class LinearAddNorm(nn.Module):
@@ -22,7 +23,7 @@ class LinearAddNorm(nn.Module):
     True
     """
 
-    def __init__(self, dense: Int8Linear, norm: nn.LayerNorm, dropout: nn.Dropout) -> None:
+    def __init__(self, dense: Int8Linear | SparseLinear, norm: nn.LayerNorm, dropout: nn.Dropout) -> None:
         super().__init__()
         self.dense = dense
         self.LayerNorm = AddLayerNorm.from_float(norm)

@@ -45,6 +45,25 @@ def from_blocks(mask: Tensor, values: Tensor, k: int) -> Tensor:
     return blocks.flatten(1)[:, :k].contiguous()
 
 
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool mask [n, m] as bits, the first one lowest: [n, ceil(m/8)] uint8. Undone by :func:`unpack_bits`.
+
+    >>> pack_bits(torch.tensor([[True, False, True]])), unpack_bits(torch.tensor([[5]], dtype=torch.uint8), 3)
+    (tensor([[5]], dtype=torch.uint8), tensor([[ True, False,  True]]))
+    """
+    eights = F.pad(mask, (0, -mask.shape[1] % 8)).view(len(mask), -(-mask.shape[1] // 8), 8)
+    return (eights * _bit_values(mask)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, columns: int) -> Tensor:
+    """The mask [n, columns] that :func:`pack_bits` was given."""
+    return ((bits.unsqueeze(-1) & _bit_values(bits)) != 0).flatten(1)[:, :columns]
+
+
+def _bit_values(like: Tensor) -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=like.device)
+
+
 class _Order(NamedTuple):
     """Outputs in ``parts`` of ``width``, blocks in ``spans`` of ``span``; ``lanes`` outputs take theirs in step."""
 

@@ -33,14 +33,9 @@ def _reference(
 ) -> Tensor:
     _check(x, weight, out_features, activation)
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    mask, values = unpack(weight)
-    dense = from_blocks(mask, values, x.shape[-1]).to(wide)
-    x = x.to(wide)
-    y = F.linear(x, dense)
-    finite = torch.isfinite(x).all(-1)
-    if not bool(finite.all()):  # a zero that is stored makes a NaN of an infinity, one that is not does nothing
-        kept = mask.repeat_interleave(4, 1)[:, : x.shape[-1]]
-        y[~finite] = torch.where(kept, x[~finite].unsqueeze(-2) * dense, 0.0).sum(-1)
+    finite = torch.isfinite(x)
+    y = F.linear(x.where(finite, 0.0).to(wide), from_blocks(*unpack(weight), x.shape[-1]).to(wide))
+    y = y.masked_fill(~finite.all(-1, keepdim=True), math.nan)
     if bias is not None:
         y = y + bias
     y = ACTIVATIONS[activation](y)
@@ -164,8 +159,7 @@ sparse_linear = Op(
 - ``out_features``: of the weight; ``bias``: [out_features] or None.
 - ``activation``, ``residual``: as for :data:`int8_linear`.
 
-Returns [..., out_features] of x's dtype, summed in float32. Inputs that only zeros of the weight meet do not count: a
-NaN or an infinity among them does not reach the result.
+Returns [..., out_features] of x's dtype, summed in float32. A row of x with a NaN or an infinity gives a row of NaN.
 
 >>> packed = pack(*to_blocks(torch.eye(8)), 8, "few")
 >>> sparse_linear(torch.arange(8.0)[None], packed, 8)

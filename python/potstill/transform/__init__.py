@@ -6,6 +6,7 @@ from potstill.transform.fuse import FusionReport, FusionRow, fuse_
 from potstill.transform.prune import Prune, prune_
 from potstill.transform.prune_report import PruneReport, PruneRow
 from potstill.transform.quantize import quantize_
+from potstill.transform.realise import realise_
 from potstill.transform.report import LayerRow, Report
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "fuse_",
     "prune_",
     "quantize_",
+    "realise_",
 ]

@@ -6,7 +6,7 @@ import inspect
 
 from torch import nn
 
-from potstill.nn import Int8Linear, LinearAddNorm
+from potstill.nn import Int8Linear, Int8LinearPart, LinearAddNorm, SparseLinear
 from potstill.transform.eligible import why_not_plain
 
 
@@ -17,7 +17,9 @@ def linear_add_norm(module: nn.Module) -> LinearAddNorm | None:
     """
     parts = ("dense", "LayerNorm", "dropout")
     dense, norm, dropout = (module._modules.get(name) for name in parts)
-    if not (type(dense) is Int8Linear and type(norm) is nn.LayerNorm and type(dropout) is nn.Dropout):
+    if not isinstance(dense, Int8Linear | SparseLinear) or isinstance(dense, Int8LinearPart):
+        return None
+    if not (type(norm) is nn.LayerNorm and type(dropout) is nn.Dropout):
         return None
     known = type(module).__module__.startswith("transformers.")
     if not known or list(inspect.signature(module.forward).parameters) != ["hidden_states", "input_tensor"]:

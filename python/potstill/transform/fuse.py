@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from potstill.errors import ConversionError
-from potstill.nn import FusedActivation, Int8Linear, Int8LinearPart, LinearAddNorm
+from potstill.nn import FusedActivation, Int8Linear, Int8LinearPart, LinearAddNorm, SparseLinear
 from potstill.nn.activation import activation_name
 from potstill.nn.shared import link, why_not_shared
 from potstill.transform.attention_interface import NAME, TORCH, attention_models, switch
@@ -23,6 +23,9 @@ from potstill.transform.observe import Call, Sample, run
 from potstill.transform.swap import Undo, all_of, replace, sites
 from potstill.transform.table import text_table
 from potstill.transform.trace import Trace, trace
+
+Fusable = Int8Linear | SparseLinear
+"""Layers that may apply an activation and be part of a block's end."""
 
 What = Literal["activation", "shared input", "residual", "attention"]
 
@@ -89,11 +92,11 @@ class _Candidate:
 
 
 def fuse_(model: nn.Module, sample_input: Sample, only_if_faster: bool = True) -> FusionReport:
-    """Joins the :class:`nn.Int8Linear` layers of ``model`` with what is next to them, in place, after quantize_.
+    """Joins int8 and sparse layers of ``model`` with what is next to them, in place, after quantize_ or realise_.
 
     - A layer whose outputs go to an activation module (ReLU, GELU, tanh-GELU, SiLU, of whatever class) and nowhere else
       applies it itself; the module's place is taken by :class:`nn.FusedActivation`.
-    - Layers that read the same tensor (attention's query, key and value) are computed by one call; each becomes an
+    - Int8 layers that read the same tensor (attention's query, key and value) are computed by one call; each becomes an
       :class:`nn.Int8LinearPart`, so that the model's own code need not change.
     - The ends of the blocks of BERT and its relatives add the residual while they normalise:
       :class:`nn.LinearAddNorm`.
@@ -116,7 +119,7 @@ def fuse_(model: nn.Module, sample_input: Sample, only_if_faster: bool = True) -
     )
     """
     names = {site.module: site.names for site in sites(model, nn.Module)}
-    layers = [site.module for site in sites(model, Int8Linear) if type(site.module) is Int8Linear]
+    layers = [m for m in names if isinstance(m, Int8Linear | SparseLinear) and not isinstance(m, Int8LinearPart)]
     activations = [m for m in names if not isinstance(m, FusedActivation) and activation_name(m)]
     seen = trace(model, layers, activations, sample_input)
     candidates = [
@@ -169,7 +172,7 @@ def _activations(model: nn.Module, seen: Trace, names: dict[nn.Module, tuple[str
             continue
         layer = next(iter(layers))
         name = activation_name(module)
-        if not isinstance(layer, Int8Linear) or name is None:
+        if not isinstance(layer, Int8Linear | SparseLinear) or name is None:
             continue
         fused, gone = _with_activation(layer, name), FusedActivation.of(module, name)
         yield _Candidate(
@@ -182,7 +185,7 @@ def _activations(model: nn.Module, seen: Trace, names: dict[nn.Module, tuple[str
         )
 
 
-def _why_not_activation(seen: Trace, module: nn.Module, layer: Int8Linear) -> str:
+def _why_not_activation(seen: Trace, module: nn.Module, layer: Fusable) -> str:
     if layer.activation != "none":
         return "the layer applies one already"
     inputs, own = seen.activations[module], [output for output in seen.outputs if output.layer is layer]
@@ -193,16 +196,14 @@ def _why_not_activation(seen: Trace, module: nn.Module, layer: Int8Linear) -> st
     return ""
 
 
-def _with_activation(layer: Int8Linear, activation: str) -> Int8Linear:
-    fused = Int8Linear.__new__(Int8Linear)
+def _with_activation(layer: Fusable, activation: str) -> Fusable:
+    fused = type(layer).__new__(type(layer))
     fused.__dict__.update(vars(layer))
     fused.activation = activation
     return fused
 
 
-def _activation_ways(
-    layer: Int8Linear, module: nn.Module, fused: Int8Linear, call: Call
-) -> dict[str, Callable[[], object]]:
+def _activation_ways(layer: Fusable, module: nn.Module, fused: Fusable, call: Call) -> dict[str, Callable[[], object]]:
     separate = nn.Sequential(layer, module)
     return _ways(separate, fused, call, layer.in_features)
 

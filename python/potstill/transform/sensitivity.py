@@ -140,6 +140,7 @@ def _measure(model: nn.Module, loader: Iterable[Any], options: list[list[Option]
 
 
 def outputs_of(model: nn.Module, item: Any) -> list[Tensor]:
+    """The floating-point tensors that ``model`` returns for an item of a loader."""
     args, kwargs = inputs_of(item)
     with watching(model, ()):  # random numbers too are the same in each run
         found = list(_tensors(model(*args, **kwargs)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from potstill.nn import Int8Linear
+from potstill.nn import Int8Linear, SparseLinear
 from potstill.nn.shared import version
 from potstill.transform.observe import Call, Sample, autocast_dtype, run
 
@@ -96,7 +96,9 @@ class _Watch(TorchFunctionMode):
         self._outputs.pop(id(result), None)  # activated in place: from here on it is another value
 
 
-def trace(model: nn.Module, layers: Iterable[Int8Linear], activations: Iterable[nn.Module], sample: Sample) -> Trace:
+def trace(
+    model: nn.Module, layers: Iterable[Int8Linear | SparseLinear], activations: Iterable[nn.Module], sample: Sample
+) -> Trace:
     """Runs ``model`` once on ``sample``, as :func:`observe.run` does, and returns what was seen.
 
     Only calls of torch functions and of watched layers count as readers: Python code that keeps a tensor for later

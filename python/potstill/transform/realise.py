@@ -1,0 +1,185 @@
+"""Turns pruned layers into layers that are faster for it, or into plain ones where none is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from potstill.nn import Int8Linear, MaskedConv2d, MaskedLinear, SparseLinear
+from potstill.nn.masked import Masked
+from potstill.nn.sparse import Weights
+from potstill.ops import sparse_linear
+from potstill.ops.sparse import ROWS
+from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
+from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, Sample, autocast_dtype, evaluating, observe
+from potstill.transform.report import LayerRow, Report
+from potstill.transform.rows import model_bytes, what_was_measured
+from potstill.transform.rules.linear import USUAL_ROWS
+from potstill.transform.swap import Site, replace, sites
+
+DENSE = "dense"
+_SMALLEST_GAIN = 1.02
+"""A sparse layer must be faster than the dense one by more than what a timing is off by."""
+
+
+@dataclass(eq=False)
+class _Pruned:
+    """A masked layer, how it is called, and what may take its place: name -> layer; ``chosen`` is one of these."""
+
+    site: Site
+    calls: RowCalls = field(default_factory=RowCalls)
+    forms: dict[str, nn.Module] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    chosen: str = DENSE
+    reason: str = ""
+
+
+def realise_(
+    model: nn.Module, sample_input: Sample | None = None, weights: Weights = "int8", only_if_faster: bool = True
+) -> Report:
+    """Replaces every masked layer of ``model``, in place, by the fastest layer that computes the same.
+
+    - ``sample_input``: a tensor, a tuple of positional or a mapping of keyword arguments. The model is run on it once,
+      in eval mode and without gradients, to see how many rows each layer gets; without it 1, 32 and 128 rows count.
+    - ``weights``: "int8" or "float": what :class:`nn.SparseLinear` holds. With "int8" an :class:`nn.Int8Linear` with
+      the zeros in it is a candidate too, and what a sparse layer has to beat.
+    - ``only_if_faster``: ``False`` makes every masked linear layer sparse, in the order that is faster.
+
+    A layer whose zeros gain nothing becomes a plain ``nn.Linear`` or ``nn.Conv2d`` (which has no sparse form) with
+    zeros, or an int8 layer, and its row in the report says why. The layers are frozen; gradients flow to their inputs.
+    Rows measure milliseconds of the dense float layer and of what took its place.
+
+    Raises :class:`ValueError` for other ``weights``.
+
+    >>> from potstill import Prune, prune_
+    >>> model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 16)).eval()
+    >>> _ = prune_(model, Prune(sparsity=0.9), include="0")
+    >>> report = realise_(model, torch.randn(64, 256), only_if_faster=False)
+    >>> [(row.names, row.action) for row in report.rows]
+    [(('0',), 'sparse int8')]
+    >>> model[0]
+    SparseLinear(in_features=256, out_features=256, bias=True, weights='int8', rows='many', blocks=1638)
+    """
+    if weights not in get_args(Weights):
+        raise ValueError(f"realise_: weights is {weights!r}, expected one of {', '.join(get_args(Weights))}")
+    layers = [_Pruned(site) for site in sites(model, Masked)]
+    linear = [layer for layer in layers if isinstance(layer.site.module, MaskedLinear)]
+    if sample_input is not None:
+        observe(model, [(layer.site.module, layer.calls) for layer in linear], sample_input)
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        for layer in layers:
+            _make_forms(layer, weights, sample_input is not None, only_if_faster)
+        _measure(layers, sample_input is not None)
+        for layer in layers:
+            _choose(layer, only_if_faster)
+        rows, before = tuple(map(_row, layers)), model_bytes(model)
+        for layer in layers:
+            replace(model, layer.site.names, layer.forms[layer.chosen].train(layer.site.module.training))
+    return Report(rows, before, model_bytes(model), what_was_measured(sample_input is not None))
+
+
+def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster: bool) -> None:
+    module = layer.site.module
+    assert isinstance(module, Masked)
+    plain = module.to_float().requires_grad_(False)
+    layer.forms = {DENSE: plain}
+    layer.reason = _why_not(module, layer.calls, sampled and only_if_faster)
+    if layer.reason or not isinstance(plain, nn.Linear):
+        return
+    if weights == "int8":
+        layer.forms["int8"] = Int8Linear.from_float(plain)
+    for rows in ROWS:
+        layer.forms[f"sparse {weights}, {rows} rows"] = SparseLinear.from_float(plain, weights, rows)
+
+
+def _why_not(module: Masked, calls: RowCalls, must_be_called: bool) -> str:
+    if isinstance(module, MaskedConv2d):
+        return "there is no sparse form of Conv2d"
+    weight = module.masked_weight()
+    for dtype in {weight.dtype, *(call.used_dtype for call in calls.counts)}:
+        backend, why = sparse_linear.backend(weight.device.type, dtype)
+        if backend != "kernel":
+            return why
+    if not bool(torch.isfinite(weight).all()):
+        return "weight has NaN or infinite values"
+    return "the sample never calls it" if must_be_called and not calls.counts else ""
+
+
+def _counts(layer: _Pruned, sampled: bool) -> Mapping[Call, int]:
+    if sampled and layer.calls.counts:
+        return layer.calls.counts
+    dtype = layer.site.module.get_parameter("weight").dtype
+    return {Call(rows, dtype, autocast_dtype()): 1 for rows in USUAL_ROWS}
+
+
+def _alike(layer: _Pruned, call: Call) -> Hashable:
+    """Layers of the same sizes and about the same share of blocks are timed once."""
+    density = [round(form.sparsity, 2) for form in layer.forms.values() if isinstance(form, SparseLinear)]
+    plain = layer.forms[DENSE]
+    return tuple(plain.get_parameter("weight").shape), plain.bias is None, tuple(density[:1]), tuple(layer.forms), call
+
+
+def _measure(layers: list[_Pruned], sampled: bool) -> None:
+    open_layers = [layer for layer in layers if len(layer.forms) > 1]
+    comparisons: dict[Hashable, dict[str, Callable[[], object]]] = {}
+    for layer in open_layers:
+        for call in _counts(layer, sampled):
+            if _alike(layer, call) not in comparisons:
+                x = torch.randn(call.rows, layer.forms[DENSE].get_parameter("weight").shape[1]).to(call.dtype)
+                ways = {name: calling(form, call, (x,), {}) for name, form in layer.forms.items()}
+                comparisons[_alike(layer, call)] = ways
+    times = fastest(comparisons)
+    for layer in open_layers:
+        counts = _counts(layer, sampled)
+        for name in layer.forms:
+            each = [times[_alike(layer, call)][name] for call in counts]
+            total = sum(seconds * count for seconds, count in zip(each, counts.values(), strict=True))
+            layer.seconds[name] = total if sampled else geometric_mean(each)
+
+
+def _choose(layer: _Pruned, only_if_faster: bool) -> None:
+    if not layer.seconds:
+        return
+    sparse = min((name for name in layer.forms if name.startswith("sparse")), key=layer.seconds.__getitem__)
+    dense = min((name for name in layer.forms if not name.startswith("sparse")), key=layer.seconds.__getitem__)
+    ratio = layer.seconds[dense] / layer.seconds[sparse]
+    what = "dense int8" if dense == "int8" else "dense"
+    layer.chosen = sparse if ratio > _SMALLEST_GAIN or not only_if_faster else dense
+    than = f"{ratio:.2f} times the speed of the {what} layer"
+    layer.reason = than if layer.chosen == sparse else f"sparse would have {than}"
+
+
+def _row(layer: _Pruned) -> LayerRow:
+    old, new = layer.site.module, layer.forms[layer.chosen]
+    seconds = layer.seconds
+    rows: dict[int, int] = {}
+    for call, count in layer.calls.counts.items():
+        rows[call.rows] = rows.get(call.rows, 0) + count
+    return LayerRow(
+        names=layer.site.names,
+        kind=type(old).__name__,
+        shape=tuple(layer.forms[DENSE].get_parameter("weight").shape),
+        action=layer.chosen.split(",")[0],
+        reason=f"{old.sparsity:.0%} zeros: {layer.reason}" if isinstance(old, Masked) else layer.reason,
+        bytes_before=model_bytes(old),
+        bytes_after=model_bytes(new),
+        ms_before=seconds[DENSE] * 1e3 if seconds else None,
+        ms_after=seconds[layer.chosen] * 1e3 if seconds else None,
+        snr_db=_snr(layer) if seconds else None,
+        rounding="nearest" if "int8" in layer.chosen else "",
+        nearest_snr_db=None,
+        rows=rows,
+    )
+
+
+def _snr(layer: _Pruned) -> float | None:
+    """Of the chosen form's outputs, on inputs seen, else on random ones."""
+    features = layer.forms[DENSE].get_parameter("weight").shape[1]
+    seen: list[Tensor] = layer.calls.inputs or [torch.randn(KEPT_ROWS, features)]
+    x = torch.cat([part.to(layer.forms[DENSE].get_parameter("weight").dtype) for part in seen])
+    with autocast(None):
+        return snr_db(layer.forms[DENSE](x), layer.forms[layer.chosen](x))

@@ -1,0 +1,168 @@
+"""realise_: which layer takes the place of a pruned one, and that it is the faster one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import potstill
+from potstill import Prune, prune_, realise_
+from potstill.nn import Int8Linear, MaskedConv2d, MaskedLinear, SparseLinear
+from potstill.timing import compare
+
+
+def mlp(k: int = 512, n: int = 512) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(k, n), nn.ReLU(), nn.Linear(n, 10)).eval()
+
+
+def test_what_was_pruned_computes_the_same() -> None:
+    model, x = mlp(), torch.randn(64, 512)
+    prune_(model, Prune(sparsity=0.8))
+    expected = model(x)
+    report = realise_(model, x, weights="float", only_if_faster=False)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert [row.action for row in report.rows] == ["sparse float"] * 2
+    assert all(isinstance(model[i], SparseLinear) for i in (0, 2))
+    assert report.bytes_after < 0.5 * report.bytes_before
+    assert all(row.rows == {64: 1} for row in report.rows)
+
+
+def test_int8_is_near_and_small() -> None:
+    model, x = mlp(), torch.randn(64, 512)
+    prune_(model, Prune(sparsity=0.8))
+    expected = model(x).detach()
+    report = realise_(model, x, only_if_faster=False)
+    assert float((model(x) - expected).norm() / expected.norm()) < 0.02
+    assert report.bytes_after < 0.12 * report.bytes_before  # a quarter of a fifth, an index, and the mask
+    assert all(row.snr_db is not None and row.snr_db > 30 for row in report.rows)
+
+
+def test_a_layer_without_zeros_stays_dense_and_says_why() -> None:
+    model, x = mlp(), torch.randn(64, 512)
+    prune_(model, Prune(sparsity=0.0))
+    report = realise_(model, x, weights="float")
+    assert isinstance(model[0], nn.Linear)
+    assert report.rows[0].action == "dense"
+    assert "sparse would have 0." in report.rows[0].reason
+
+
+def test_int8_dense_where_that_is_faster() -> None:
+    model, x = mlp(1024, 1024), torch.randn(128, 1024)
+    prune_(model, Prune(sparsity=0.05), include="0")
+    report = realise_(model, x)
+    assert type(model[0]) is Int8Linear
+    assert report.rows[0].action == "int8"
+    assert "of the dense int8 layer" in report.rows[0].reason
+
+
+def test_many_zeros_become_a_sparse_layer() -> None:
+    model, x = mlp(1024, 2048), torch.randn(128, 1024)
+    prune_(model, Prune(sparsity=0.9), include="0")
+    report = realise_(model, x)
+    assert isinstance(model[0], SparseLinear)
+    assert model[0].rows == "many"
+    assert report.rows[0].ms_before is not None
+    assert report.rows[0].ms_after is not None
+    assert report.rows[0].ms_after < report.rows[0].ms_before
+
+
+def test_few_rows_get_the_order_for_few() -> None:
+    model, x = mlp(2048, 2048), torch.randn(1, 2048)
+    prune_(model, Prune(sparsity=0.8), include="0")
+    realise_(model, x)
+    assert isinstance(model[0], SparseLinear)
+    assert model[0].rows == "few"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_layer_is_slower_than_dense(seed: int) -> None:
+    """Thirty random shapes in all; what realise_ chose is timed again, against the faster dense layer."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=random))
+
+    for _ in range(10):
+        k, n, m = draw(16, 1500), draw(16, 1500), draw(1, 160)
+        model, x = nn.Sequential(nn.Linear(k, n)).eval(), torch.randn(m, k)
+        pattern = ("1x4", "unstructured")[draw(0, 2)]
+        prune_(model, Prune(sparsity=draw(50, 97) / 100, pattern=pattern))
+        plain = model[0].to_float()
+        realise_(model, x)
+        new = model[0]
+        if not isinstance(new, SparseLinear):
+            continue
+        int8 = Int8Linear.from_float(plain)
+        for attempt in range(5):  # a busy machine may spoil one timing, not five
+            ways = {"sparse": lambda: new(x), "float": lambda: plain(x), "int8": lambda: int8(x)}  # noqa: B023
+            times = compare(ways, seconds=0.05 * (attempt + 1))
+            if times["sparse"].low <= 1.05 * min(times["float"].low, times["int8"].low):
+                break
+        else:
+            pytest.fail(f"{m} rows, {k} -> {n}, {new}: slower than dense: {times}")
+
+
+def test_convolutions_become_plain_ones() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(2, 3, 9, 9)
+    prune_(model, Prune(sparsity=0.5))
+    assert isinstance(model[0], MaskedConv2d)
+    expected = model(x)
+    report = realise_(model, x)
+    assert type(model[0]) is nn.Conv2d
+    assert torch.equal(model(x), expected)
+    assert report.rows[0].reason.endswith(" zeros: there is no sparse form of Conv2d")
+
+
+def test_layers_that_are_never_called_stay_dense() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(256, 256), nn.Linear(256, 256)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Half().eval()
+    prune_(model, Prune(sparsity=0.9))
+    report = realise_(model, torch.randn(64, 256))
+    assert {row.names: row.reason for row in report.rows}[("unused",)] == "90% zeros: the sample never calls it"
+    assert type(model.unused) is nn.Linear
+
+
+def test_float64_stays_dense() -> None:
+    model = mlp().double()
+    prune_(model, Prune(sparsity=0.9))
+    report = realise_(model, torch.randn(8, 512, dtype=torch.float64))
+    assert all(row.action == "dense" for row in report.rows)
+    assert all("float64" in row.reason for row in report.rows)
+
+
+def test_saved_loaded_and_fused(tmp_path: Path) -> None:
+    model, x = mlp(), torch.randn(64, 512)
+    prune_(model, Prune(sparsity=0.9))
+    realise_(model, x, only_if_faster=False)
+    report = potstill.fuse_(model, x, only_if_faster=False)
+    assert [row.action for row in report.rows] == ["fused"]
+    assert model[0].activation == "relu"
+    potstill.save(model, tmp_path / "m.safetensors")
+    assert torch.equal(potstill.load(mlp(), tmp_path / "m.safetensors")(x), model(x))
+
+
+def test_a_realised_layer_cannot_be_pruned_again() -> None:
+    model, x = mlp(), torch.randn(64, 512)
+    prune_(model, Prune(sparsity=0.9), include="0")
+    realise_(model, x, only_if_faster=False)
+    report = prune_(model, Prune(sparsity=0.5))
+    kept = [row for row in report.rows if row.names == ("0",)]
+    assert all(row.reason for row in kept)
+    assert isinstance(model[0], SparseLinear)
+    assert isinstance(model[2], MaskedLinear)
+
+
+def test_unknown_weights_are_an_error() -> None:
+    with pytest.raises(ValueError, match="weights is 'int4', expected one of int8, float"):
+        realise_(mlp(), weights="int4")  # type: ignore[arg-type]
