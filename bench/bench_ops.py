@@ -14,6 +14,7 @@ from rich.console import Console
 from potstill import _C
 from potstill.ops import OPS
 from potstill.ops.divergence import DIVERGENCES
+from potstill.ops.sparse_samples import LAYERS
 from potstill.report.bench import BenchRow, Results, bench_call_overhead, bench_op, table
 from potstill.report.measure import ceilings
 
@@ -33,6 +34,18 @@ class Goal:
     threads: int | None = None
 
 
+def _sparse_goals() -> Iterable[Goal]:
+    """Of layers with 80 and 90 % zeros on two threads: dense int8 beaten by this factor, and float32."""
+    op = "sparse_int8_linear"
+    for k, n in LAYERS:
+        for m, factors in ((32, (2.2, 3.6)), (128, (2.5, 4.2)), (512, (2.5, 4.2))):
+            for sparsity, factor in zip((0.8, 0.9), factors, strict=True):
+                label = f"m={m} k={k} n={n} sparsity={sparsity}"
+                yield Goal(op, "int8_linear", factor, label, 2)
+                yield Goal(op, "torch eager", 14.0, label, 2)
+    yield Goal(op, "int8_linear", 2.2, "m=1 k=4096 n=4096 sparsity=0.8", 2)
+
+
 GOALS = (
     Goal("int8_linear", "quantize_dynamic", 1.0),
     Goal("kd_loss", "torch eager", 10.0, "rows=64 classes=1000", 2),
@@ -43,6 +56,7 @@ GOALS = (
     *(Goal("kd_loss", "torch.compile", 1.0, f"rows=256 classes=32000 T=2 {name}") for name in DIVERGENCES[1:]),
     Goal("kd_loss", "torch.compile", 3.0, "rows=256 classes=32000", 2),
     Goal("linear_kd_loss", "products alone", 1 / 1.15, "rows=512 hidden", 2),
+    *_sparse_goals(),
 )
 MOST_CALL_OVERHEAD = 1.5  # Int8Linear's time over nn.Linear's where the layer itself costs nothing
 

@@ -14,7 +14,7 @@ from potstill.ops.op import Sample
 from potstill.ops.sparse import ROWS, Rows
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
-_LAYERS = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096)]
+LAYERS = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096)]
 _MANY = 16  # rows from which on the order for many is faster
 
 
@@ -31,7 +31,7 @@ def random_blocks(n: int, k: int, sparsity: float, generator: torch.Generator) -
 
 def bench_samples(arguments: Callable[..., dict[str, Any]]) -> Iterable[Sample]:
     """The dense layers' shapes at four sparsities, each in the order for its number of rows."""
-    for k, n in _LAYERS:
+    for k, n in LAYERS:
         for m in (1, 8, 32, 128, 512):
             for sparsity in SPARSITIES:
                 order: Rows = "many" if m >= _MANY else "few"
