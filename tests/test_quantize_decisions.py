@@ -203,3 +203,23 @@ def test_inference_mode() -> None:
     assert x.grad is not None
     convert(outside, sample_input=torch.randn(2, 32))
     assert type(outside[0]) is Int8Linear
+
+
+def test_a_weight_that_other_code_reads_stays() -> None:
+    """An embedding that is its model's head too, without a layer for the head."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.layer = nn.Embedding(1000, 64), nn.Linear(64, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return nn.functional.linear(self.layer(self.tokens(ids)), self.tokens.weight)
+
+    model, ids = Tied().eval(), torch.randint(1000, (4, 16))
+    report = potstill.quantize_(model, only_if_faster=False, sample_input=ids)
+    assert {row.names[0]: row.action for row in report.rows} == {"tokens": "kept", "layer": "int8"}
+    assert "code that does not call it" in report.rows[0].reason
+    assert model(ids).shape == (4, 16, 1000)
+    assert not model.tokens._forward_hooks
+    assert not model.tokens._forward_pre_hooks

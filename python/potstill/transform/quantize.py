@@ -12,6 +12,7 @@ from potstill.transform.build import build
 from potstill.transform.configs import Config, Int8, Mixed
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
 from potstill.transform.observe import BlockCalls, Call, Sample, evaluating, observe, unfused
+from potstill.transform.reads import ForeignReads
 from potstill.transform.report import Report
 from potstill.transform.rounding import forget
 from potstill.transform.rows import model_bytes, rows_of, what_was_measured
@@ -83,15 +84,24 @@ def _observe(
         if layer.rule is not None and not layer.kept:
             layer.calls = layer.rule.watch()
     records = [(layer.site.module, layer.calls) for layer in layers if layer.calls is not None]
-    observe(model, [*records, *((block.module, record) for block, record in runs.items())], sample)
+    with ForeignReads(map(_weights, layers)) as reads:
+        observe(model, [*records, *((block.module, record) for block, record in runs.items())], sample)
     for layer in layers:
         if layer.rule is not None and layer.calls is not None:
             reasons = [layer.rule.why_not_call(call) for call in layer.calls.counts]
+            if layer.site.module in reads.found:
+                reasons.append("its weight is read in the sample by code that does not call it")
             if layer.calls.nested:
                 reasons.append("the sample calls it with a nested tensor")
             if only_if_faster and not layer.calls.counts:
                 reasons.append("the sample never calls it")
             layer.kept = next((why for why in reasons if why), "")
+
+
+def _weights(layer: Layer) -> tuple[nn.Module, list[Tensor]]:
+    module = layer.site.module
+    names = layer.rule.weights(module) if layer.rule is not None and not layer.kept else ()
+    return module, [module.get_parameter(name) for name in names]
 
 
 def _decide(
