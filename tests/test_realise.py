@@ -117,6 +117,27 @@ def test_convolutions_become_plain_ones() -> None:
     assert report.rows[0].reason.endswith(" zeros: there is no sparse form of Conv2d")
 
 
+def test_zeros_from_elsewhere_count_too() -> None:
+    model, x = mlp(1024, 2048), torch.randn(128, 1024)
+    prune_(model, Prune(sparsity=0.9), include="0")
+    plain = nn.Sequential(model[0].to_float(), model[1], model[2]).eval().requires_grad_(False)
+    expected = plain(x)
+    report = realise_(plain, x)
+    assert [row.names for row in report.rows] == [("0",)]  # the other has no zeros
+    assert isinstance(plain[0], SparseLinear)
+    assert float((plain(x) - expected).norm() / expected.norm()) < 0.02
+
+
+def test_zeros_that_gain_nothing_leave_the_layer_itself() -> None:
+    linear = nn.Linear(64, 64).requires_grad_(False)
+    linear.weight[:, :24] = 0.0
+    model = nn.Sequential(linear).eval()
+    report = realise_(model, torch.randn(512, 64), weights="float")
+    assert (model[0] is linear) == (report.rows[0].action == "kept")
+    linear.weight[:, 20:] = 1.0  # a quarter of zeros is not even looked at
+    assert not realise_(nn.Sequential(linear), torch.randn(512, 64)).rows
+
+
 def test_layers_that_are_never_called_stay_dense() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Turns pruned layers into layers that are faster for it, or into plain ones where none is."""
+"""Turns layers with zeros into layers that are faster for it, or leaves them dense where none is."""
 
 from __future__ import annotations
 
@@ -9,26 +9,30 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from potstill.nn import Int8Linear, MaskedConv2d, MaskedLinear, SparseLinear
+from potstill.nn import Int8Linear, MaskedConv2d, SparseLinear
+from potstill.nn.float_linear import as_linear
 from potstill.nn.masked import Masked
 from potstill.nn.sparse import Weights
 from potstill.ops import sparse_linear
-from potstill.ops.sparse import ROWS
+from potstill.ops.sparse import ROWS, to_blocks
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
 from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, Sample, autocast_dtype, evaluating, observe
 from potstill.transform.report import LayerRow, Report
 from potstill.transform.rows import model_bytes, what_was_measured
-from potstill.transform.rules.linear import USUAL_ROWS
+from potstill.transform.rules.linear import USUAL_ROWS, LinearToInt8
 from potstill.transform.swap import Site, replace, sites
 
 DENSE = "dense"
+LEAST_ZEROS = 1 / 3
+"""Blocks of a plain linear layer that must be zero for it to be looked at: with fewer a sparse one is never faster."""
+
 _SMALLEST_GAIN = 1.02
 """A sparse layer must be faster than the dense one by more than what a timing is off by."""
 
 
 @dataclass(eq=False)
 class _Pruned:
-    """A masked layer, how it is called, and what may take its place: name -> layer; ``chosen`` is one of these."""
+    """A layer with zeros, how it is called, and what may take its place: name -> layer; ``chosen`` is one of these."""
 
     site: Site
     calls: RowCalls = field(default_factory=RowCalls)
@@ -41,16 +45,19 @@ class _Pruned:
 def realise_(
     model: nn.Module, sample_input: Sample | None = None, weights: Weights = "int8", only_if_faster: bool = True
 ) -> Report:
-    """Replaces every masked layer of ``model``, in place, by the fastest layer that computes the same.
+    """Replaces every layer of ``model`` that has many zeros, in place, by the fastest layer that computes the same.
+
+    These are the layers that :func:`prune_` masked, and linear layers with at least a third of their blocks of four
+    inputs zero, however they came to be.
 
     - ``sample_input``: a tensor, a tuple of positional or a mapping of keyword arguments. The model is run on it once,
       in eval mode and without gradients, to see how many rows each layer gets; without it 1, 32 and 128 rows count.
     - ``weights``: "int8" or "float": what :class:`nn.SparseLinear` holds. With "int8" an :class:`nn.Int8Linear` with
       the zeros in it is a candidate too, and what a sparse layer has to beat.
-    - ``only_if_faster``: ``False`` makes every masked linear layer sparse, in the order that is faster.
+    - ``only_if_faster``: ``False`` makes every such linear layer sparse, in the order that is faster.
 
-    A layer whose zeros gain nothing becomes a plain ``nn.Linear`` or ``nn.Conv2d`` (which has no sparse form) with
-    zeros, or an int8 layer, and its row in the report says why. The layers are frozen; gradients flow to their inputs.
+    A masked layer whose zeros gain nothing becomes a plain ``nn.Linear`` or ``nn.Conv2d`` (which has no sparse form)
+    with zeros, or an int8 layer, and its row says why. What is new is frozen; gradients flow to the inputs.
     Rows measure milliseconds of the dense float layer and of what took its place.
 
     Raises :class:`ValueError` for other ``weights``.
@@ -66,8 +73,8 @@ def realise_(
     """
     if weights not in get_args(Weights):
         raise ValueError(f"realise_: weights is {weights!r}, expected one of {', '.join(get_args(Weights))}")
-    layers = [_Pruned(site) for site in sites(model, Masked)]
-    linear = [layer for layer in layers if isinstance(layer.site.module, MaskedLinear)]
+    layers = [_Pruned(site) for site in sites(model, nn.Module) if _has_zeros(site)]
+    linear = [layer for layer in layers if not isinstance(layer.site.module, MaskedConv2d)]
     if sample_input is not None:
         observe(model, [(layer.site.module, layer.calls) for layer in linear], sample_input)
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
@@ -78,28 +85,40 @@ def realise_(
             _choose(layer, only_if_faster)
         rows, before = tuple(map(_row, layers)), model_bytes(model)
         for layer in layers:
-            replace(model, layer.site.names, layer.forms[layer.chosen].train(layer.site.module.training))
+            new = layer.forms[layer.chosen]
+            if new is not layer.site.module:
+                replace(model, layer.site.names, new.train(layer.site.module.training))
     return Report(rows, before, model_bytes(model), what_was_measured(sample_input is not None))
 
 
 def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster: bool) -> None:
     module = layer.site.module
-    assert isinstance(module, Masked)
-    plain = module.to_float().requires_grad_(False)
+    plain: nn.Module = module.to_float().requires_grad_(False) if isinstance(module, Masked) else module
     layer.forms = {DENSE: plain}
     layer.reason = _why_not(module, layer.calls, sampled and only_if_faster)
-    if layer.reason or not isinstance(plain, nn.Linear):
+    linear = as_linear(plain)
+    if layer.reason or linear is None:
         return
     if weights == "int8":
-        layer.forms["int8"] = Int8Linear.from_float(plain)
+        layer.forms["int8"] = Int8Linear.from_float(linear)
     for rows in ROWS:
-        layer.forms[f"sparse {weights}, {rows} rows"] = SparseLinear.from_float(plain, weights, rows)
+        layer.forms[f"sparse {weights}, {rows} rows"] = SparseLinear.from_float(linear, weights, rows)
 
 
-def _why_not(module: Masked, calls: RowCalls, must_be_called: bool) -> str:
+def _has_zeros(site: Site) -> bool:
+    if isinstance(site.module, Masked):
+        return True
+    linear = as_linear(site.module)
+    if linear is None or LinearToInt8().why_not(site):
+        return False
+    mask, _ = to_blocks(linear.weight.detach())
+    return bool((~mask).double().mean() >= LEAST_ZEROS)
+
+
+def _why_not(module: nn.Module, calls: RowCalls, must_be_called: bool) -> str:
     if isinstance(module, MaskedConv2d):
         return "there is no sparse form of Conv2d"
-    weight = module.masked_weight()
+    weight = module.masked_weight() if isinstance(module, Masked) else module.get_parameter("weight")
     for dtype in {weight.dtype, *(call.used_dtype for call in calls.counts)}:
         backend, why = sparse_linear.backend(weight.device.type, dtype)
         if backend != "kernel":
@@ -120,7 +139,13 @@ def _alike(layer: _Pruned, call: Call) -> Hashable:
     """Layers of the same sizes and about the same share of blocks are timed once."""
     density = [round(form.sparsity, 2) for form in layer.forms.values() if isinstance(form, SparseLinear)]
     plain = layer.forms[DENSE]
-    return tuple(plain.get_parameter("weight").shape), plain.bias is None, tuple(density[:1]), tuple(layer.forms), call
+    return type(plain), _shape(plain), plain.bias is None, tuple(density[:1]), tuple(layer.forms), call
+
+
+def _shape(plain: nn.Module) -> tuple[int, ...]:
+    """Of the weight; (outputs, inputs) of linear layers."""
+    linear = as_linear(plain)
+    return tuple((linear or plain).get_parameter("weight").shape)
 
 
 def _measure(layers: list[_Pruned], sampled: bool) -> None:
@@ -129,7 +154,7 @@ def _measure(layers: list[_Pruned], sampled: bool) -> None:
     for layer in open_layers:
         for call in _counts(layer, sampled):
             if _alike(layer, call) not in comparisons:
-                x = torch.randn(call.rows, layer.forms[DENSE].get_parameter("weight").shape[1]).to(call.dtype)
+                x = torch.randn(call.rows, _shape(layer.forms[DENSE])[1]).to(call.dtype)
                 ways = {name: calling(form, call, (x,), {}) for name, form in layer.forms.items()}
                 comparisons[_alike(layer, call)] = ways
     times = fastest(comparisons)
@@ -162,9 +187,9 @@ def _row(layer: _Pruned) -> LayerRow:
     return LayerRow(
         names=layer.site.names,
         kind=type(old).__name__,
-        shape=tuple(layer.forms[DENSE].get_parameter("weight").shape),
-        action=layer.chosen.split(",")[0],
-        reason=f"{old.sparsity:.0%} zeros: {layer.reason}" if isinstance(old, Masked) else layer.reason,
+        shape=_shape(layer.forms[DENSE]),
+        action="kept" if new is old else layer.chosen.split(",")[0],
+        reason=f"{_zeros(layer.forms[DENSE]):.0%} zeros: {layer.reason}",
         bytes_before=model_bytes(old),
         bytes_after=model_bytes(new),
         ms_before=seconds[DENSE] * 1e3 if seconds else None,
@@ -176,10 +201,13 @@ def _row(layer: _Pruned) -> LayerRow:
     )
 
 
+def _zeros(plain: nn.Module) -> float:
+    return float((plain.get_parameter("weight") == 0).double().mean())
+
+
 def _snr(layer: _Pruned) -> float | None:
     """Of the chosen form's outputs, on inputs seen, else on random ones."""
-    features = layer.forms[DENSE].get_parameter("weight").shape[1]
-    seen: list[Tensor] = layer.calls.inputs or [torch.randn(KEPT_ROWS, features)]
+    seen: list[Tensor] = layer.calls.inputs or [torch.randn(KEPT_ROWS, _shape(layer.forms[DENSE])[1])]
     x = torch.cat([part.to(layer.forms[DENSE].get_parameter("weight").dtype) for part in seen])
     with autocast(None):
         return snr_db(layer.forms[DENSE](x), layer.forms[layer.chosen](x))
