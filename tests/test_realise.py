@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from torch import nn
 
 import potstill
 from potstill import Prune, prune_, realise_
-from potstill.nn import Int8Linear, MaskedConv2d, MaskedLinear, SparseLinear
+from potstill.nn import Int8Linear, MaskedLinear, SparseConv2d, SparseLinear
+from potstill.nn.sparse import Weights
 from potstill.timing import compare
 
 
@@ -106,15 +108,59 @@ def test_no_layer_is_slower_than_dense(seed: int) -> None:
             pytest.fail(f"{m} rows, {k} -> {n}, {new}: slower than dense: {times}")
 
 
-def test_convolutions_become_plain_ones() -> None:
-    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(2, 3, 9, 9)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_deep_convolutions_become_sparse(kernel: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(512, 512, kernel, padding=kernel // 2), nn.ReLU()).eval()
+
+    model, x = build(), torch.randn(1, 512, 7, 7)
+    prune_(model, Prune(sparsity=0.9))
+    expected = model(x).detach()
+    report = realise_(model, x)
+    assert isinstance(model[0], SparseConv2d), report
+    assert report.rows[0].action == "sparse int8"
+    assert float((model(x) - expected).norm() / expected.norm()) < 0.02
+    potstill.save(model, tmp_path / "m.safetensors")
+    assert torch.equal(potstill.load(build(), tmp_path / "m.safetensors")(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("conv", "size"),
+    [
+        (nn.Conv2d(6, 10, 1), 9),
+        (nn.Conv2d(6, 10, 1, stride=2, bias=False), 9),
+        (nn.Conv2d(5, 7, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), 11),
+        (nn.Conv2d(4, 4, 1, padding=1), 5),
+    ],
+)
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_sparse_convolutions_compute_what_dense_ones_do(conv: nn.Conv2d, size: int, weights: Weights) -> None:
+    conv = copy.deepcopy(conv).requires_grad_(False)
+    conv.weight.view(-1)[::3] = 0.0
+    x = torch.randn(2, conv.in_channels, size, size)
+    layer = SparseConv2d.from_float(conv, weights)
+    error = float((layer(x) - conv(x)).norm() / conv(x).norm())
+    assert error < (1e-6 if weights == "float" else 0.02)
+    assert torch.equal(layer.to_float()(x) == 0, layer(x) == 0) or weights == "int8"
+    with pytest.raises(ValueError, match="expected \\[batch"):
+        layer(x[:, :1])
+    with pytest.raises(TypeError, match="one group"):
+        SparseConv2d.from_float(nn.Conv2d(4, 4, 1, groups=2))
+
+
+def test_convolutions_that_gain_nothing_become_plain_ones() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval(), torch.randn(2, 3, 40, 40)
     prune_(model, Prune(sparsity=0.5))
-    assert isinstance(model[0], MaskedConv2d)
     expected = model(x)
+    without = copy.deepcopy(model)
     report = realise_(model, x)
     assert type(model[0]) is nn.Conv2d
     assert torch.equal(model(x), expected)
-    assert report.rows[0].reason.endswith(" zeros: there is no sparse form of Conv2d")
+    assert "sparse would have 0." in report.rows[0].reason
+    assert "it got none" in realise_(without).rows[0].reason
+    assert type(without[0]) is nn.Conv2d
 
 
 def test_zeros_from_elsewhere_count_too() -> None:

@@ -15,10 +15,11 @@ from potstill.nn.norm import AddLayerNorm
 from potstill.nn.residual import LinearAddNorm
 from potstill.nn.shared import Int8LinearPart
 from potstill.nn.sparse import SparseLinear
+from potstill.nn.sparse_conv import SparseConv2d
 
-_LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, SparseLinear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
-_MASKED = (MaskedLinear, MaskedConv2d)
-KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer, *_MASKED)}
+_LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
+_SPARSE = (MaskedLinear, MaskedConv2d, SparseLinear, SparseConv2d)
+KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer, *_SPARSE)}
 """Each drop-in layer by the name that checkpoints know it by."""
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "LinearKDLoss",
     "MaskedConv2d",
     "MaskedLinear",
+    "SparseConv2d",
     "SparseLinear",
 ]

@@ -9,14 +9,23 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from potstill.nn import Int8Linear, MaskedConv2d, SparseLinear
+from potstill.nn import Int8Linear, MaskedConv2d, SparseConv2d, SparseLinear
 from potstill.nn.float_linear import as_linear
 from potstill.nn.masked import Masked
 from potstill.nn.sparse import Weights
 from potstill.ops import sparse_linear
 from potstill.ops.sparse import ROWS, to_blocks
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
-from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, Sample, autocast_dtype, evaluating, observe
+from potstill.transform.observe import (
+    KEPT_ROWS,
+    BlockCalls,
+    Call,
+    RowCalls,
+    Sample,
+    autocast_dtype,
+    evaluating,
+    observe,
+)
 from potstill.transform.report import LayerRow, Report
 from potstill.transform.rows import model_bytes, what_was_measured
 from potstill.transform.rules.linear import USUAL_ROWS, LinearToInt8
@@ -35,7 +44,7 @@ class _Pruned:
     """A layer with zeros, how it is called, and what may take its place: name -> layer; ``chosen`` is one of these."""
 
     site: Site
-    calls: RowCalls = field(default_factory=RowCalls)
+    calls: RowCalls | BlockCalls
     forms: dict[str, nn.Module] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     chosen: str = DENSE
@@ -56,8 +65,9 @@ def realise_(
       the zeros in it is a candidate too, and what a sparse layer has to beat.
     - ``only_if_faster``: ``False`` makes every such linear layer sparse, in the order that is faster.
 
-    A masked layer whose zeros gain nothing becomes a plain ``nn.Linear`` or ``nn.Conv2d`` (which has no sparse form)
-    with zeros, or an int8 layer, and its row says why. What is new is frozen; gradients flow to the inputs.
+    Masked convolutions become :class:`nn.SparseConv2d`, if there is a sample to measure them on. A masked layer whose
+    zeros gain nothing becomes a plain ``nn.Linear`` or ``nn.Conv2d`` with zeros, or an int8 layer, and its row says
+    why. What is new is frozen; gradients flow to the inputs.
     Rows measure milliseconds of the dense float layer and of what took its place.
 
     Raises :class:`ValueError` for other ``weights``.
@@ -73,10 +83,9 @@ def realise_(
     """
     if weights not in get_args(Weights):
         raise ValueError(f"realise_: weights is {weights!r}, expected one of {', '.join(get_args(Weights))}")
-    layers = [_Pruned(site) for site in sites(model, nn.Module) if _has_zeros(site)]
-    linear = [layer for layer in layers if not isinstance(layer.site.module, MaskedConv2d)]
+    layers = [_Pruned(site, _watch(site.module)) for site in sites(model, nn.Module) if _has_zeros(site)]
     if sample_input is not None:
-        observe(model, [(layer.site.module, layer.calls) for layer in linear], sample_input)
+        observe(model, [(layer.site.module, layer.calls) for layer in layers], sample_input)
     with torch.inference_mode(False), torch.no_grad(), evaluating(model):
         for layer in layers:
             _make_forms(layer, weights, sample_input is not None, only_if_faster)
@@ -91,13 +100,22 @@ def realise_(
     return Report(rows, before, model_bytes(model), what_was_measured(sample_input is not None))
 
 
+def _watch(module: nn.Module) -> RowCalls | BlockCalls:
+    return BlockCalls() if isinstance(module, MaskedConv2d) else RowCalls()
+
+
 def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster: bool) -> None:
     module = layer.site.module
     plain: nn.Module = module.to_float().requires_grad_(False) if isinstance(module, Masked) else module
     layer.forms = {DENSE: plain}
     layer.reason = _why_not(module, layer.calls, sampled and only_if_faster)
+    if layer.reason:
+        return
     linear = as_linear(plain)
-    if layer.reason or linear is None:
+    if linear is None:
+        assert isinstance(plain, nn.Conv2d)
+        for rows in ROWS:
+            layer.forms[f"sparse {weights}, {rows} rows"] = SparseConv2d.from_float(plain, weights, rows)
         return
     if weights == "int8":
         layer.forms["int8"] = Int8Linear.from_float(linear)
@@ -115,9 +133,12 @@ def _has_zeros(site: Site) -> bool:
     return bool((~mask).double().mean() >= LEAST_ZEROS)
 
 
-def _why_not(module: nn.Module, calls: RowCalls, must_be_called: bool) -> str:
+def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, must_be_called: bool) -> str:
     if isinstance(module, MaskedConv2d):
-        return "there is no sparse form of Conv2d"
+        if SparseConv2d.float_config(module.to_float()) is None:
+            return "there is no sparse form of a Conv2d with groups, or with padding by name"
+        if not calls.counts:
+            return "a convolution is measured on the images of a sample, and it got none"
     weight = module.masked_weight() if isinstance(module, Masked) else module.get_parameter("weight")
     for dtype in {weight.dtype, *(call.used_dtype for call in calls.counts)}:
         backend, why = sparse_linear.backend(weight.device.type, dtype)
@@ -137,9 +158,17 @@ def _counts(layer: _Pruned, sampled: bool) -> Mapping[Call, int]:
 
 def _alike(layer: _Pruned, call: Call) -> Hashable:
     """Layers of the same sizes and about the same share of blocks are timed once."""
-    density = [round(form.sparsity, 2) for form in layer.forms.values() if isinstance(form, SparseLinear)]
+    density = [
+        round(_stored(form).sparsity, 2)
+        for form in layer.forms.values()
+        if isinstance(form, SparseLinear | SparseConv2d)
+    ]
     plain = layer.forms[DENSE]
     return type(plain), _shape(plain), plain.bias is None, tuple(density[:1]), tuple(layer.forms), call
+
+
+def _stored(form: SparseLinear | SparseConv2d) -> SparseLinear:
+    return form.linear if isinstance(form, SparseConv2d) else form
 
 
 def _shape(plain: nn.Module) -> tuple[int, ...]:
@@ -154,8 +183,8 @@ def _measure(layers: list[_Pruned], sampled: bool) -> None:
     for layer in open_layers:
         for call in _counts(layer, sampled):
             if _alike(layer, call) not in comparisons:
-                x = torch.randn(call.rows, _shape(layer.forms[DENSE])[1]).to(call.dtype)
-                ways = {name: calling(form, call, (x,), {}) for name, form in layer.forms.items()}
+                args = _arguments(layer, call)
+                ways = {name: calling(form, call, args, {}) for name, form in layer.forms.items()}
                 comparisons[_alike(layer, call)] = ways
     times = fastest(comparisons)
     for layer in open_layers:
@@ -164,6 +193,13 @@ def _measure(layers: list[_Pruned], sampled: bool) -> None:
             each = [times[_alike(layer, call)][name] for call in counts]
             total = sum(seconds * count for seconds, count in zip(each, counts.values(), strict=True))
             layer.seconds[name] = total if sampled else geometric_mean(each)
+
+
+def _arguments(layer: _Pruned, call: Call) -> tuple[Tensor]:
+    if isinstance(layer.calls, BlockCalls):
+        args, kwargs = layer.calls.examples[call]
+        return (next(iter((*args, *kwargs.values()))),)
+    return (torch.randn(call.rows, _shape(layer.forms[DENSE])[1]).to(call.dtype),)
 
 
 def _choose(layer: _Pruned, only_if_faster: bool) -> None:
@@ -207,7 +243,11 @@ def _zeros(plain: nn.Module) -> float:
 
 def _snr(layer: _Pruned) -> float | None:
     """Of the chosen form's outputs, on inputs seen, else on random ones."""
-    seen: list[Tensor] = layer.calls.inputs or [torch.randn(KEPT_ROWS, _shape(layer.forms[DENSE])[1])]
-    x = torch.cat([part.to(layer.forms[DENSE].get_parameter("weight").dtype) for part in seen])
+    plain = layer.forms[DENSE]
+    if isinstance(layer.calls, BlockCalls):
+        seen = [_arguments(layer, call)[0] for call in list(layer.calls.counts)[:1]]
+    else:
+        seen = layer.calls.inputs or [torch.randn(KEPT_ROWS, _shape(plain)[1])]
+    x = torch.cat([part.to(plain.get_parameter("weight").dtype) for part in seen])
     with autocast(None):
-        return snr_db(layer.forms[DENSE](x), layer.forms[layer.chosen](x))
+        return snr_db(plain(x), layer.forms[layer.chosen](x))
