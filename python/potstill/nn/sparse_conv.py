@@ -61,7 +61,7 @@ class SparseConv2d(nn.Module):
             raise TypeError(f"SparseConv2d: got {conv}, expected an nn.Conv2d with one group and zeros for padding")
         linear = nn.Linear(conv.weight[0].numel(), conv.out_channels, device="meta")
         linear.weight = nn.Parameter(conv.weight.detach().flatten(1), requires_grad=False)
-        linear.bias = conv.bias
+        linear.register_parameter("bias", conv._parameters["bias"])
         layer = cls(**config, weights=weights, rows=rows)
         layer.linear = SparseLinear.from_float(linear, weights, rows)
         return layer.train(conv.training)
