@@ -134,14 +134,15 @@ inline void turn_strip(const void* sums, T* y, int64_t n, int64_t strip, int64_t
 constexpr int64_t kRunStrips = 4;
 constexpr int64_t kRunSums = kRunStrips * kStrip * kTileRows;
 
-// Calls make<Rows>(tile, first strip, behind the last) for every tile and run of strips.
+// Calls make<Rows>(tile, first strip, behind the last) for every tile and run of strips, tile by tile: a thread then
+// finds in its cache the activations that it quantised itself.
 template <class Make>
 void for_strips(const SparseWeight& w, int64_t rows, const Make& make) {
   int64_t tiles = tile_count(rows), strips = parts_of(w.n, kStrip);
   int64_t wanted = parts_of(4 * max_threads(), tiles);  // enough tasks for threads of uneven speed
   int64_t runs = smaller(strips, wanted > parts_of(strips, kRunStrips) ? wanted : parts_of(strips, kRunStrips));
   parallel_for(tiles * runs, rows * w.slots * 4 >= kMinMacsForThreads, [&](int64_t task) {
-    int64_t tile = task % tiles, run = task / tiles;
+    int64_t tile = task / runs, run = task % runs;
     int64_t first = run * strips / runs, last = (run + 1) * strips / runs;
     tile_rows(rows, tile) == kTileRows ? make.template operator()<kTileRows>(tile, first, last)
                                        : make.template operator()<kSmallTileRows>(tile, first, last);
