@@ -94,6 +94,24 @@ def test_bench_linear_kd_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize(("weights", "rival"), [("int8", "int8_linear"), ("float", "torch eager")])
+def test_bench_sparse(tmp_path: Path, weights: str, rival: str) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ("--m", "3", "--k", "40", "--n", "24", "--sparsity", "0.9", "--sparsity", "0.5", "--weights", weights)
+    result = call("bench", "sparse", *arguments, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["label"].split()[3:] for row in rows] == [
+        [part, order] for part in ("0.9", "0.5") for order in ("many", "few")
+    ]
+    assert all({"torch eager", "torch CSR", rival} <= set(row["rivals"]) for row in rows)
+    best = [min(rows[i : i + 2], key=lambda row: row["ours"]["median"])["label"].split()[-1] for i in (0, 2)]
+    assert f"faster order at 0.9: {best[0]}, 0.5: {best[1]}" in result.stdout
+    assert f"than {rival}" in result.stdout
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("sizes", [("kd-loss",), ("linear-kd-loss", "--hidden", "8")], ids=lambda sizes: sizes[0])
 def test_bench_with_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
 // y = activation(x w^T + bias) + residual in floats, with weights of which only the blocks of 4 inputs that are not all
 // zero are stored. Sums run over those blocks in the order of the inputs, by fused multiply-adds where the ISA has
 // them.
-// A row with a NaN or an infinity counts as zeros, and a NaN is added at its end: slots that are padding meet any input.
+// A row with a NaN or an infinity counts as zeros, and a NaN is added at its end: slots that are padding meet any
+// input.
 
 #include "sparse.inl"
 
@@ -40,8 +41,7 @@ struct FloatScratch {
   float* mine() const { return per_thread + thread_index() * thread_floats; }
   float* sums() const { return mine() + kLanes * row_floats; }
 
-  FloatScratch(const SparseLinear& a, int64_t rows)
-      : ends(static_cast<float*>(a.scratch)), cells(ends + kRowsPerPass) {
+  FloatScratch(const SparseLinear& a, int64_t rows) : ends(static_cast<float*>(a.scratch)), cells(ends + kRowsPerPass) {
     int64_t blocks = a.weight.blocks();
     tile_floats = tile_blocks(blocks) * kTileRows * 4;
     row_floats = round_up(blocks, kWindow) * 4 + kLanes;

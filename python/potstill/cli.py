@@ -19,7 +19,7 @@ import potstill
 from potstill.errors import PotstillError
 from potstill.ops import OPS, kd_samples, linear_kd_samples
 from potstill.ops.op import Sample
-from potstill.report import bench
+from potstill.report import bench, sparse
 from potstill.report.machine import backends, machine
 from potstill.report.measure import ceilings
 from potstill.report.memory import bench_memory
@@ -47,6 +47,7 @@ Memory = Annotated[
 ]
 _TOKENS, _VOCABULARY = [512], [32_000]
 _ROWS, _FEATURES, _LOGITS, _CLASSES, _THREADS = [1, 32, 128], [768], [64], [1000, 32_000], [1]
+_SPARSITIES = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]
 
 
 def main() -> None:
@@ -151,7 +152,38 @@ def bench_linear_kd_loss(
     _bench("linear_kd_loss", samples, threads, json, memory)
 
 
-def _bench(name: str, samples: list[Sample], threads: Iterable[int], path: Path | None, memory: bool = False) -> None:
+@bench_app.command("sparse")
+def bench_sparse(
+    m: Annotated[Sizes, typer.Option("--m", min=1, help="Rows of the input; repeat for several.")] = _ROWS,
+    k: Annotated[Sizes, typer.Option("--k", min=1, help="Input features; repeat for several.")] = _FEATURES,
+    n: Annotated[Sizes, typer.Option("--n", min=1, help="Output features; repeat for several.")] = _FEATURES,
+    sparsity: Annotated[
+        list[float], typer.Option("--sparsity", min=0.0, max=1.0, help="Share of zeros; repeat for several.")
+    ] = _SPARSITIES,
+    pattern: Annotated[sparse.Pattern, typer.Option(help="Zeros in blocks of four inputs, or single ones.")] = "1x4",
+    weights: Annotated[sparse.Weights, typer.Option(help="What the stored weights are.")] = "int8",
+    threads: Annotated[Sizes, typer.Option(min=1, help="Threads; repeat for several.")] = _THREADS,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
+) -> None:
+    """Time the sparse linear layer in both orders of its weight, and tell from which sparsity on it pays."""
+    name, rival = ("sparse_int8_linear", "int8_linear") if weights == "int8" else ("sparse_linear", bench.EAGER)
+    layers = list(product(m, k, n))
+    chosen = [s for layer in layers for part in sparsity for s in sparse.samples(*layer, part, pattern, weights)]
+    rows = iter(_bench(name, chosen, threads, json))
+    for count, (rows_of_x, inputs, outputs) in product(threads, layers):
+        points, orders = [], []
+        for part in sparsity:
+            many, few = next(rows), next(rows)
+            best = min(many, few, key=lambda row: row.ours.median)
+            points.append((part, best.times_faster_than(rival)))
+            orders.append(f"{part:g}: {'many' if best is many else 'few'}")
+        where = f"m={rows_of_x} k={inputs} n={outputs}, threads: {count}"
+        typer.echo(f"{where}: {sparse.verdict(points, rival)}; faster order at {', '.join(orders)}")
+
+
+def _bench(
+    name: str, samples: list[Sample], threads: Iterable[int], path: Path | None, memory: bool = False
+) -> list[bench.BenchRow]:
     console = Console()
     measured, rows, peaks = [], [], []
     for count in threads:
@@ -167,6 +199,7 @@ def _bench(name: str, samples: list[Sample], threads: Iterable[int], path: Path 
     if path is not None:
         bench.Results(measured, rows, {}, peaks).save(path)
         console.print(Text(f"Written: {path}"))
+    return rows
 
 
 def _linear(m: int, k: int, n: int) -> Sample:

@@ -127,7 +127,8 @@ def _reference(
     return (y if residual is None else y + residual).to(x.dtype)
 
 
-def _fake(x: Tensor, weight: Tensor, scale: Tensor, *_: Any, **__: Any) -> Tensor:
+def fake(x: Tensor, weight: Tensor, scale: Tensor, *_: Any, **__: Any) -> Tensor:
+    """A result of the right shape and dtype; also of :data:`sparse_int8_linear`, as are the two below."""
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
@@ -155,7 +156,8 @@ def _cpu(
     return y
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps what :func:`straight_through` needs."""
     x, weight, scale, bias, activation, _, factor = inputs
     ctx.activation = activation
     # The activation's derivative needs its input, which is computed again; keeping it would undo the fusion.
@@ -164,21 +166,29 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # Straight-through: the rounding of x counts as the identity, so dy/dx is the dequantised weight.
+def straight_through(
+    ctx: Any, grad: Tensor, op: Callable[..., Tensor], integers: Callable[[Tensor, int, int], Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``op``, whose weight holds ``integers(weight, n, k)``.
+
+    The rounding of x counts as the identity, so dy/dx is the dequantised weight.
+    """
     weight, scale, factor, *again = ctx.saved_tensors
     grad_x = grad_bias = None
     grad_residual = grad if ctx.needs_input_grad[5] else None
     if again:
         x, bias = again
-        grad = activation_gradient(ctx.activation, grad, int8_linear(x.detach(), weight, scale, bias, factor=factor))
+        grad = activation_gradient(ctx.activation, grad, op(x.detach(), weight, scale, bias, factor=factor))
     if ctx.needs_input_grad[0]:
-        integers = unpack(weight, scale.shape[0], ctx.in_features)
-        grad_x = (grad * scale.to(grad.dtype)) @ integers.to(grad.dtype)
+        grad_x = (grad * scale.to(grad.dtype)) @ integers(weight, scale.shape[0], ctx.in_features).to(grad.dtype)
         grad_x = (grad_x if factor is None else grad_x * factor).to(ctx.x_dtype)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, scale.shape[0]).sum(0).to(ctx.bias_dtype)
     return grad_x, None, None, grad_bias, None, grad_residual, None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return straight_through(ctx, grad, int8_linear, unpack)
 
 
 def _arguments(
@@ -265,11 +275,11 @@ int8_linear = Op(
     "int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, str activation='none', "
     "Tensor? residual=None, Tensor? factor=None) -> Tensor",
     reference=_reference,
-    fake=_fake,
+    fake=fake,
     kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
     autocast=True,
     differentiable=(0, 3, 5),
-    setup_context=_setup_context,
+    setup_context=setup_context,
     backward=_backward,
     samples=_samples,
     tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3},

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from potstill import _C
-from potstill.ops.activation import activation_gradient
-from potstill.ops.int8_linear import int8_linear
+from potstill.ops.int8_linear import fake, int8_linear, setup_context, straight_through
 from potstill.ops.int8_linear import pack as pack_dense
 from potstill.ops.op import Cost, Kernel, Op, Sample
 from potstill.ops.sparse import ROWS, Rows, check_packed, from_blocks, pack, to_blocks, unpack
@@ -25,10 +24,6 @@ from potstill.ops.sparse_samples import bench_samples, csr_linear, random_blocks
 
 def _integers(weight: Tensor, k: int) -> Tensor:
     return from_blocks(*unpack(weight), k)
-
-
-def _check(x: Tensor, weight: Tensor, scale: Tensor) -> None:
-    check_packed("sparse_int8_linear", weight, scale.numel(), x.shape[-1], 1)
 
 
 def _reference(
@@ -40,14 +35,10 @@ def _reference(
     residual: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> Tensor:
-    _check(x, weight, scale)
+    check_packed("sparse_int8_linear", weight, scale.numel(), x.shape[-1], 1)
     packed = pack_dense(_integers(weight, x.shape[-1]))
     y: Tensor = int8_linear.reference(x, packed, scale, bias, activation, residual, factor)
     return y
-
-
-def _fake(x: Tensor, weight: Tensor, scale: Tensor, *_: Any, **__: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
 
 def _cpu(
@@ -73,29 +64,8 @@ def _cpu(
     return y
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, scale, bias, activation, _, factor = inputs
-    ctx.activation = activation
-    ctx.save_for_backward(weight, scale, factor, *((x, bias) if activation != "none" else ()))
-    ctx.in_features, ctx.x_dtype = x.shape[-1], x.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    # Straight-through, as int8_linear.
-    weight, scale, factor, *again = ctx.saved_tensors
-    grad_x = grad_bias = None
-    grad_residual = grad if ctx.needs_input_grad[5] else None
-    if again:
-        x, bias = again
-        before = sparse_int8_linear(x.detach(), weight, scale, bias, factor=factor)
-        grad = activation_gradient(ctx.activation, grad, before)
-    if ctx.needs_input_grad[0]:
-        grad_x = (grad * scale.to(grad.dtype)) @ _integers(weight, ctx.in_features).to(grad.dtype)
-        grad_x = (grad_x if factor is None else grad_x * factor).to(ctx.x_dtype)
-    if ctx.needs_input_grad[3]:
-        grad_bias = grad.reshape(-1, scale.shape[0]).sum(0).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None, grad_residual, None
+    return straight_through(ctx, grad, sparse_int8_linear, lambda weight, _, k: _integers(weight, k))
 
 
 def _arguments(
@@ -163,11 +133,11 @@ sparse_int8_linear = Op(
     "sparse_int8_linear(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, str activation='none', "
     "Tensor? residual=None, Tensor? factor=None) -> Tensor",
     reference=_reference,
-    fake=_fake,
+    fake=fake,
     kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
     autocast=True,
     differentiable=(0, 3, 5),
-    setup_context=_setup_context,
+    setup_context=setup_context,
     backward=_backward,
     samples=_samples,
     tolerance={torch.float32: 1e-6, torch.bfloat16: 4e-3},

@@ -129,24 +129,25 @@ def dots(title: str, axis: str, data: Sequence[Dot], reference: float | None = N
     return _chart(title, described, top + height + 2 * _LINE + 10, parts)
 
 
-def lines(title: str, x_axis: str, y_axis: str, data: Sequence[Line], first: int = 1) -> Markup:
+def lines(title: str, x_axis: str, y_axis: str, data: Sequence[Line], first: float = 1, step: float = 1.0) -> Markup:
     """A line chart of curves with their bands; raises :class:`ValueError` unless all is finite.
 
-    Their values lie at ``first`` and the whole numbers that follow.
+    Their values lie at ``first`` and then ``step`` apart.
 
     The y axis covers the values, not zero, and says so by its ticks.
     """
     values = [value for line in data for value in (*line.values, *(end for ends in line.band for end in ends))]
-    last = first + max(len(line.values) for line in data) - 1
+    last = first + (max(len(line.values) for line in data) - 1) * step
+    whole = first == int(first) and step == int(step)
     y_marks = ticks(*_range(values), 5)
-    x_marks = [mark for mark in ticks(first, last, 6) if mark == int(mark) and first <= mark <= last]
+    x_marks = [mark for mark in ticks(first, last, 6) if (not whole or mark == int(mark)) and first <= mark <= last]
     low, high = y_marks[0], y_marks[-1]
     left = max(len(_number(mark)) for mark in y_marks) * _CHARACTER + 14
     top, height = 2 * _LINE + 14, 170
     width = WIDTH - left - 14
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / max(last - first, 1)
+        across = (x - first) / (last - first or 1)
         return left + across * width, top + height - (y - low) / (high - low) * height
 
     parts = [_text(left, 2 * _LINE + 2, y_axis, "tick", "start")]
@@ -162,12 +163,12 @@ def lines(title: str, x_axis: str, y_axis: str, data: Sequence[Line], first: int
     legend_x, legend_y = left, top + height + 3 * _LINE + 10
     for line in data:
         if line.band:
-            upper = [at(x, high) for x, (_, high) in enumerate(line.band, start=first)]
-            lower = [at(x, low) for x, (low, _) in enumerate(line.band, start=first)]
+            upper = [at(first + i * step, high) for i, (_, high) in enumerate(line.band)]
+            lower = [at(first + i * step, low) for i, (low, _) in enumerate(line.band)]
             path = _path([*upper, *reversed(lower)])
             parts.append(Markup('<polygon points="{}" class="band s{}"/>').format(path, line.series))
     for line in data:
-        points = [at(x, y) for x, y in enumerate(line.values, start=first)]
+        points = [at(first + i * step, y) for i, y in enumerate(line.values)]
         parts.append(Markup('<polyline points="{}" class="line s{}"/>').format(_path(points), line.series))
         parts += [_marker(x, y, line.series) for x, y in points[:: -(-len(points) // _MARKED)]]
         wide = len(line.label) * _CHARACTER + 34
