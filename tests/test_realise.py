@@ -49,7 +49,7 @@ def test_a_layer_without_zeros_stays_dense_and_says_why() -> None:
     report = realise_(model, x, weights="float")
     assert isinstance(model[0], nn.Linear)
     assert report.rows[0].action == "dense"
-    assert "sparse would have 0." in report.rows[0].reason
+    assert "fewer than a fifth" in report.rows[0].reason
 
 
 def test_int8_dense_where_that_is_faster() -> None:
@@ -58,6 +58,15 @@ def test_int8_dense_where_that_is_faster() -> None:
     report = realise_(model, x)
     assert type(model[0]) is Int8Linear
     assert report.rows[0].action == "int8"
+    assert "fewer than a fifth" in report.rows[0].reason
+
+
+def test_zeros_that_gain_too_little_are_told_with_their_ratio() -> None:
+    model, x = mlp(1024, 1024), torch.randn(8, 1024)
+    prune_(model, Prune(sparsity=0.25), include="0")
+    report = realise_(model, x)
+    assert type(model[0]) is Int8Linear
+    assert "sparse would have 0." in report.rows[0].reason
     assert "of the dense int8 layer" in report.rows[0].reason
 
 
@@ -180,7 +189,7 @@ def test_zeros_that_gain_nothing_leave_the_layer_itself() -> None:
     model = nn.Sequential(linear).eval()
     report = realise_(model, torch.randn(512, 64), weights="float")
     assert (model[0] is linear) == (report.rows[0].action == "kept")
-    linear.weight[:, 20:] = 1.0  # a quarter of zeros is not even looked at
+    linear.weight[:, 8:] = 1.0  # an eighth of zeros is not even looked at
     assert not realise_(nn.Sequential(linear), torch.randn(512, 64)).rows
 
 

@@ -14,7 +14,7 @@ from potstill.nn.float_linear import as_linear
 from potstill.nn.masked import Masked
 from potstill.nn.sparse import Weights
 from potstill.ops import sparse_linear
-from potstill.ops.sparse import ROWS, to_blocks
+from potstill.ops.sparse import ROWS, Rows, to_blocks
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
 from potstill.transform.observe import (
     KEPT_ROWS,
@@ -32,8 +32,8 @@ from potstill.transform.rules.linear import USUAL_ROWS, LinearToInt8
 from potstill.transform.swap import Site, replace, sites
 
 DENSE = "dense"
-LEAST_ZEROS = 1 / 3
-"""Blocks of a plain linear layer that must be zero for it to be looked at: with fewer a sparse one is never faster."""
+LEAST_ZEROS = 0.2
+"""The share of a layer's blocks that must be zero for it to be made sparse: with fewer there is nothing to gain."""
 
 _SMALLEST_GAIN = 1.02
 """A sparse layer must be faster than the dense one by more than what a timing is off by."""
@@ -56,7 +56,7 @@ def realise_(
 ) -> Report:
     """Replaces every layer of ``model`` that has many zeros, in place, by the fastest layer that computes the same.
 
-    These are the layers that :func:`prune_` masked, and linear layers with at least a third of their blocks of four
+    These are the layers that :func:`prune_` masked, and linear layers with at least a fifth of their blocks of four
     inputs zero, however they came to be.
 
     - ``sample_input``: a tensor, a tuple of positional or a mapping of keyword arguments. The model is run on it once,
@@ -112,25 +112,34 @@ def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster:
     if layer.reason:
         return
     linear = as_linear(plain)
-    if linear is None:
-        assert isinstance(plain, nn.Conv2d)
-        for rows in ROWS:
-            layer.forms[f"sparse {weights}, {rows} rows"] = SparseConv2d.from_float(plain, weights, rows)
-        return
-    if weights == "int8":
+    if weights == "int8" and linear is not None:
         layer.forms["int8"] = Int8Linear.from_float(linear)
+    if only_if_faster and _zero_blocks(plain) < LEAST_ZEROS:
+        layer.reason = "fewer than a fifth of its blocks of four inputs are zero"
+        return
     for rows in ROWS:
-        layer.forms[f"sparse {weights}, {rows} rows"] = SparseLinear.from_float(linear, weights, rows)
+        form = _sparse(plain if linear is None else linear, weights, rows)
+        layer.forms[f"sparse {weights}, {rows} rows"] = form
+
+
+def _sparse(plain: nn.Module, weights: Weights, rows: Rows) -> nn.Module:
+    if isinstance(plain, nn.Conv2d):
+        return SparseConv2d.from_float(plain, weights, rows)
+    assert isinstance(plain, nn.Linear)
+    return SparseLinear.from_float(plain, weights, rows)
+
+
+def _zero_blocks(plain: nn.Module) -> float:
+    """The share of blocks that are all zero."""
+    mask, _ = to_blocks((as_linear(plain) or plain).get_parameter("weight").detach().flatten(1))
+    return float((~mask).double().mean())
 
 
 def _has_zeros(site: Site) -> bool:
     if isinstance(site.module, Masked):
         return True
     linear = as_linear(site.module)
-    if linear is None or LinearToInt8().why_not(site):
-        return False
-    mask, _ = to_blocks(linear.weight.detach())
-    return bool((~mask).double().mean() >= LEAST_ZEROS)
+    return linear is not None and not LinearToInt8().why_not(site) and _zero_blocks(linear) >= LEAST_ZEROS
 
 
 def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, must_be_called: bool) -> str:
@@ -205,8 +214,11 @@ def _arguments(layer: _Pruned, call: Call) -> tuple[Tensor]:
 def _choose(layer: _Pruned, only_if_faster: bool) -> None:
     if not layer.seconds:
         return
-    sparse = min((name for name in layer.forms if name.startswith("sparse")), key=layer.seconds.__getitem__)
     dense = min((name for name in layer.forms if not name.startswith("sparse")), key=layer.seconds.__getitem__)
+    sparse = min((name for name in layer.forms if name.startswith("sparse")), key=layer.seconds.__getitem__, default="")
+    if not sparse:
+        layer.chosen = dense
+        return
     ratio = layer.seconds[dense] / layer.seconds[sparse]
     what = "dense int8" if dense == "int8" else "dense"
     layer.chosen = sparse if ratio > _SMALLEST_GAIN or not only_if_faster else dense
