@@ -151,6 +151,12 @@ void int8_linear_shapes() {
   }
 }
 
+}  // namespace
+
+#include "sparse_linear_parity.h"
+
+namespace {
+
 // ---- int4_linear: bit-identical ----
 
 void int4_linear(int64_t m, int64_t n, int64_t k, int64_t group, Data data, Type type, bool has_zero, bool has_bias) {
@@ -379,6 +385,7 @@ int main(int count, char** arguments) {
   explain_faults();
   int8_linear_shapes();
   int4_linear_shapes();
+  sparse_cases();
   kd_loss_cases();
   add_layer_norm_cases();
   attention_cases();

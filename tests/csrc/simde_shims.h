@@ -102,6 +102,12 @@ inline simde__m128i emulated_cvtepi32_epi8(simde__m512i a) {
   return bits<simde__m128i>(r);
 }
 
+inline simde__m512i emulated_shuffle_epi32(simde__m512i a, int control) {  // in each 128 bits
+  Ints x = bits<Ints>(a), r;
+  for (int i = 0; i < 16; ++i) r.lane[i] = x.lane[i / 4 * 4 + (control >> i % 4 * 2 & 3)];
+  return bits<simde__m512i>(r);
+}
+
 inline float emulated_reduce_add_ps(simde__m512 a) {  // halves onto halves, gcc's and clang's order
   Floats x = bits<Floats>(a);
   for (int half = 8; half > 0; half /= 2) {
@@ -138,6 +144,7 @@ inline int32_t emulated_reduce_max_epi32(simde__m512i a) {
 #define _mm512_cvtepu8_epi32(a) emulated_cvtepu8_epi32(a)
 #define _mm512_cvtepi32_epi16(a) emulated_cvtepi32_epi16(a)
 #define _mm512_cvtepi32_epi8(a) emulated_cvtepi32_epi8(a)
+#define _mm512_shuffle_epi32(a, control) emulated_shuffle_epi32(a, control)
 #define _mm512_reduce_add_ps(a) emulated_reduce_add_ps(a)
 #define _mm512_reduce_max_ps(a) emulated_reduce_max_ps(a)
 #define _mm512_reduce_max_epi32(a) emulated_reduce_max_epi32(a)
