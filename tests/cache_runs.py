@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,16 +93,32 @@ def child(act: Callable[[], object]) -> int:
     return process
 
 
-def killed_often(folder: Path, seconds: float) -> Iterator[int]:
-    """How many chunks are whole after each time; an undisturbed run takes these ``seconds``."""
+def killed_often(folder: Path) -> Iterator[int]:
+    """How many chunks are whole after each time; each time it is killed in the middle of one of its first writes.
+
+    Which one is drawn, not when: on a busy machine any time may be too early, or too late.
+    """
     luck = random.Random(4)
     for _ in range(12):
-        process = child(lambda: cache(folder))
-        time.sleep(luck.uniform(0.0, seconds / 3))
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
+        calls, share = luck.randint(1, 6), luck.random()
+        os.waitpid(child(lambda: killed_at(folder, calls, share)), 0)  # noqa: B023  # runs before the next draw
         manifest = store.read_manifest(folder)
         yield 0 if manifest is None else manifest.chunks - len(store.Store(folder, manifest).missing())
+
+
+def killed_at(folder: Path, call: int, share: float) -> None:
+    """Fills a cache, and dies when it has written so much of what this call of ``pwrite`` should write."""
+    write, calls = os.pwrite, [0]
+
+    def pwrite(descriptor: int, contents: Any, offset: int) -> int:
+        calls[0] += 1
+        if calls[0] == call:
+            write(descriptor, bytes(contents)[: int(len(contents) * share)], offset)
+            kill()
+        return write(descriptor, contents, offset)
+
+    os.pwrite = pwrite
+    cache(folder)
 
 
 def killed_once(folder: Path, moment: str) -> None:
@@ -145,10 +160,7 @@ def twice(folder: Path) -> list[int]:
 
 def program(folder: Path) -> None:
     torch.set_num_threads(1)  # what forks may have no other
-    cache(folder / "first")
-    start = time.perf_counter()
-    cache(folder / "second")
-    chunks = list(killed_often(folder / "often", time.perf_counter() - start))
+    chunks = list(killed_often(folder / "often"))
     for moment in MOMENTS:
         killed_once(folder / moment, moment)
     print(json.dumps({"chunks": chunks, "twice": twice(folder / "twice")}))
