@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -65,7 +66,14 @@ def _with(arguments: Callable[..., dict[str, Any]], x: Tensor, n: int, rows: Row
     return arguments(tuple(x.shape), n, rows, 0.5) | {"x": x}
 
 
-def csr_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer by torch's sparse product, whose dense factor and result are columns; ``weight`` is CSR."""
-    y = (weight @ x.t()).t()
-    return y if bias is None else y + bias
+def csr_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[[], Tensor]:
+    """A linear layer by torch's product of a sparse matrix, whose dense factor and result are columns, to be called."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that torch's CSR is in beta
+        csr = weight.to_sparse_csr()
+
+    def run() -> Tensor:
+        y = (csr @ x.t()).t()
+        return y if bias is None else y + bias
+
+    return run

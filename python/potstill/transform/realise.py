@@ -78,8 +78,8 @@ def realise_(
     >>> report = realise_(model, torch.randn(64, 256), only_if_faster=False)
     >>> [(row.names, row.action) for row in report.rows]
     [(('0',), 'sparse int8')]
-    >>> model[0]
-    SparseLinear(in_features=256, out_features=256, bias=True, weights='int8', rows='many', blocks=1638)
+    >>> isinstance(model[0], SparseLinear), model[0].blocks  # a tenth of 256 x 64
+    (True, 1638)
     """
     if weights not in get_args(Weights):
         raise ValueError(f"realise_: weights is {weights!r}, expected one of {', '.join(get_args(Weights))}")
