@@ -20,6 +20,7 @@ from potstill.transform import (
     calibrate_,
     fuse_,
     prune_,
+    prune_iteratively_,
     quantize_,
     realise_,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "nn",
     "ops",
     "prune_",
+    "prune_iteratively_",
     "quantize_",
     "realise_",
     "save",

@@ -11,6 +11,7 @@ from potstill.distill.initialise import Initialisation, initialise
 from potstill.distill.int8_teacher import Int8Teacher, int8_teacher
 from potstill.distill.on_policy import OnPolicy
 from potstill.distill.plan import EarlyStopping, TrainingPlan
+from potstill.distill.pruning import GradualPruning
 from potstill.distill.sequence_level import teacher_sequences
 from potstill.distill.strategies import (
     DIST,
@@ -46,6 +47,7 @@ __all__ = [
     "Distiller",
     "EarlyStopping",
     "Epoch",
+    "GradualPruning",
     "Gram",
     "HardLabels",
     "HiddenStates",

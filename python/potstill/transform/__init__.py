@@ -5,6 +5,7 @@ from potstill.transform.configs import Int4, Int8, Mixed
 from potstill.transform.fuse import FusionReport, FusionRow, fuse_
 from potstill.transform.prune import Prune, prune_
 from potstill.transform.prune_report import PruneReport, PruneRow
+from potstill.transform.prune_rounds import prune_iteratively_
 from potstill.transform.quantize import quantize_
 from potstill.transform.realise import realise_
 from potstill.transform.report import LayerRow, Report
@@ -25,6 +26,7 @@ __all__ = [
     "calibrate_",
     "fuse_",
     "prune_",
+    "prune_iteratively_",
     "quantize_",
     "realise_",
 ]
