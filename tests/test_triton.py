@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
+INTERPRETED = sorted(path for path in (HERE / "interpreted").glob("*.py") if path.stem != "common")
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -20,13 +23,13 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_kernels_agree_with_the_reference_when_interpreted() -> None:
-    arguments = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py"))
-    done = run(*arguments, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("path", INTERPRETED, ids=lambda path: path.stem)
+def test_kernels_agree_with_the_reference_when_interpreted(path: Path) -> None:
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", str(path), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout.splitlines()[-1]
 
 
 def test_machine_code() -> None:
-    done = run(str(HERE / "aot.py"))
+    done = run("-m", "tests.aot")
     assert done.returncode == 0, done.stdout + done.stderr

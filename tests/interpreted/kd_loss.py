@@ -1,21 +1,27 @@
-"""The GPU kernels against the float64 reference, by triton's interpreter: test_triton.py runs this file.
+"""The GPU kernels of ``kd_loss`` against the float64 reference, by triton's interpreter."""
 
-It is a process of its own, as TRITON_INTERPRET must be set before triton is imported. The interpreter runs one program
-after the other on CPU tensors; it truncates what it stores as bfloat16 where a GPU rounds.
-"""
+from __future__ import annotations
 
 import math
-import os
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from tests.interpreted.common import (
+    GUARD,
+    TOLERANCE,
+    NoWaiting,
+    assert_close,
+    guarded,
+    memory_starts_as_nan,
+    of_numpy,
+    same,
+    widened,
+)
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from potstill.ops import kd_loss, kd_samples
 from potstill.ops.divergence import DIVERGENCES
@@ -24,12 +30,10 @@ from potstill.ops.topk import REST, top_k
 from potstill.ops.triton import kd_loss as gpu
 from potstill.ops.triton import kd_rows
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "run by test_triton.py"
+__all__ = ["memory_starts_as_nan"]  # a fixture of all tests here
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, of NaN and infinity
+pytestmark = of_numpy
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-GUARD = 16  # NaN before and after each row, which must neither be read nor written
 SAMPLES = list(kd_samples.samples("test"))
 KINDS = (*DIVERGENCES, "labels", *REST)
 
@@ -40,42 +44,8 @@ def _several_blocks_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "LARGEST_K_BLOCK", 16)
 
 
-@pytest.fixture(autouse=True)
-def _memory_starts_as_nan() -> Iterator[None]:
-    """An element that no kernel writes is then seen."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
-    assert torch.empty(1).new_empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def guarded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy with NaN around each row, and the memory it is in."""
-    memory = x.new_full((*x.shape[:-1], x.shape[-1] + 2 * GUARD), math.nan)
-    copy = memory[..., GUARD : GUARD + x.shape[-1]]
-    return copy.copy_(x), memory
-
-
-def same(x: Tensor, y: Tensor) -> bool:
-    return torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)) and torch.equal(x.isnan(), y.isnan())
-
-
 def exact(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    wide = {n: a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for n, a in arguments.items()}
-    return kd_loss.reference(**wide)  # type: ignore[no-any-return]
-
-
-def assert_close(given: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    assert given.shape == expected.shape, what
-    assert torch.equal(given.isnan(), expected.isnan()), f"{what}: NaN in different places"
-    infinite = expected.isinf()
-    assert torch.equal(given[infinite].double(), expected[infinite]), f"{what}: infinities differ"
-    finite = torch.isfinite(expected)
-    if finite.any():
-        largest = expected[finite].abs().max().clamp_min(1e-30)
-        error = float((given[finite].double() - expected[finite]).abs().max() / largest)
-        assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+    return kd_loss.reference(**widened(arguments))  # type: ignore[no-any-return]
 
 
 def check(arguments: dict[str, Any], tolerance: float | None = None) -> tuple[Tensor, Tensor]:
@@ -286,15 +256,6 @@ def test_rows_further_apart_than_int32(kind: str, shape: tuple[int, int]) -> Non
     assert_close(grad, expected[1], 8e-3, "gradient")
     assert torch.equal(gpu.launch_in_place(student, a["teacher"], options), loss)
     assert torch.equal(student, grad)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Raises where the host asks for a number on the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
