@@ -5,6 +5,9 @@
 
 constexpr int kMostThreads = 256;  // bounds the stack that the tasks' counters take: 16 KiB
 
+// Not OpenMP's number of the thread: a loop inside someone else's parallel region is serial, whichever thread runs it.
+static thread_local int number_in_loop = 0;
+
 // Runs body(task) for task in [0, tasks). Serial when `worth_it` is false, inside another parallel region, or with
 // one thread. Each thread has a range of tasks of its own, so that it finds in its cache what it had there the last
 // time, and takes them one at a time; then it helps the others: a core that is taken away for a while costs one task.
@@ -23,16 +26,17 @@ inline void parallel_for(int64_t tasks, bool worth_it, const Body& body) {
   for (int t = 0; t < threads; ++t) next[t].task = t * tasks / threads;
 #pragma omp parallel num_threads(threads)
   {
-    int mine = omp_get_thread_num();
+    int mine = number_in_loop = omp_get_thread_num();
     for (int i = 0; i < threads; ++i) {
       int owner = (mine + i) % threads;
       int64_t end = (owner + 1) * tasks / threads;
       for (int64_t task; (task = __atomic_fetch_add(&next[owner].task, 1, __ATOMIC_RELAXED)) < end;) body(task);
     }
+    number_in_loop = 0;
   }
 }
 
 inline int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
 
 // The caller's number in the running parallel_for: 0 <= thread_index() < max_threads().
-inline int thread_index() { return omp_get_thread_num(); }
+inline int thread_index() { return number_in_loop; }

@@ -1,7 +1,10 @@
 // sparse_int8_linear: the bits of int8_linear with the zeros in it. sparse_linear: within rounding. Included by
 // parity.cpp, which has the activations.
 #pragma once
+#include <omp.h>
+
 #include <algorithm>
+#include <list>
 
 #include "../../csrc/kernels/sparse_layout.h"
 
@@ -104,16 +107,18 @@ std::vector<char> pack_sparse(const std::vector<Value>& w, int64_t n, int64_t k,
   return parts.joined(few, n, k);
 }
 
-// What both ops share; of 10 blocks `zeros` are zero, and `damage` bytes behind the head are overwritten at random.
+// What both ops share; of 10 blocks `zeros` are zero, and `damage` bytes are overwritten at random: of those that
+// nobody checks after the weight is read, or before it is, of all.
 struct SparseCase {
   int64_t m, n, k;
   int zeros;
   bool few;
   Type type;
-  bool has_bias, has_residual;
+  bool has_bias, has_residual, has_factor;
   Activation activation;
   Data data;
   int damage;
+  bool damaged_before;
 };
 
 template <class Value>
@@ -149,24 +154,31 @@ struct SparseInputs {
     for (size_t i = 0; i < residual.size; ++i) residual.set(i, normal());
   }
 
-  SparseWeight read(const SparseCase& c) {
-    SparseWeight w{};
+  // False if the damage was seen.
+  bool read(const SparseCase& c, SparseWeight& w) {
     memcpy(memory.as<char>(), packed.data(), packed.size());
     auto bytes = static_cast<int64_t>(packed.size());
+    if (c.damaged_before) spoil(c.damage, 0);
     const char* wrong = read_sparse(memory.as<void>(), bytes, c.n, c.k, sizeof(Value), w);
-    check(wrong == nullptr, wrong == nullptr ? "" : wrong);
-    auto from = static_cast<int>(reinterpret_cast<const char*>(w.steps) - memory.as<char>());
-    for (int i = 0; i < c.damage; ++i) {
-      memory.as<char>()[integer(from, static_cast<int>(bytes) - 1)] = static_cast<char>(integer(-128, 127));
+    check(wrong == nullptr || c.damaged_before, wrong == nullptr ? "" : wrong);
+    if (wrong != nullptr) return false;
+    if (!c.damaged_before) spoil(c.damage, reinterpret_cast<const char*>(w.steps) - memory.as<char>());
+    return true;
+  }
+
+  void spoil(int count, int64_t from) {
+    for (int i = 0; i < count; ++i) {
+      int at = integer(static_cast<int>(from), static_cast<int>(packed.size()) - 1);
+      memory.as<char>()[at] = static_cast<char>(integer(-128, 127));
     }
-    return w;
   }
 };
 
 void begin_sparse(const char* op, const SparseCase& c) {
-  begin("%s %s m=%d n=%d k=%d zeros=%d few=%d %s bias=%d residual=%d activation=%d data=%d damage=%d", tested.name, op,
-        static_cast<int>(c.m), static_cast<int>(c.n), static_cast<int>(c.k), c.zeros, c.few, name(c.type), c.has_bias,
-        c.has_residual, static_cast<int>(c.activation), static_cast<int>(c.data), c.damage);
+  begin("%s %s m=%d n=%d k=%d zeros=%d few=%d %s bias=%d residual=%d factor=%d activation=%d data=%d damage=%d %d",
+        tested.name, op, static_cast<int>(c.m), static_cast<int>(c.n), static_cast<int>(c.k), c.zeros, c.few,
+        name(c.type), c.has_bias, c.has_residual, c.has_factor, static_cast<int>(c.activation),
+        static_cast<int>(c.data), c.damage, c.damaged_before);
 }
 
 void sparse_int8_linear(const SparseCase& c) {
@@ -175,8 +187,11 @@ void sparse_int8_linear(const SparseCase& c) {
   Floats x(activations(c.m, c.k, c.data), c.type), scale(static_cast<size_t>(c.n), Type::f32);
   for (size_t i = 0; i < scale.size; ++i) scale.set(i, uniform(1e-4f, 1e-2f));
   Floats expected(static_cast<size_t>(c.m * c.n), c.type, 0x5a), got(static_cast<size_t>(c.m * c.n), c.type, 0xc5);
+  Floats factor(static_cast<size_t>(c.k), Type::f32);
+  for (size_t i = 0; i < factor.size; ++i) factor.set(i, uniform(0.1f, 4));
   SparseInt8Linear a{};
-  a.weight = in.read(c);
+  if (!in.read(c, a.weight)) return;
+  if (c.has_factor) a.dense.factor = factor.memory.as<float>();
   a.dense.x = x.pointer(), a.dense.y = got.pointer(), a.dense.scale = scale.memory.as<float>();
   a.dense.m = c.m, a.dense.n = c.n, a.dense.k = c.k, a.dense.activation = c.activation;
   if (c.has_bias) a.dense.bias = in.bias.pointer();
@@ -195,21 +210,39 @@ void sparse_int8_linear(const SparseCase& c) {
   check_same(got, expected, c.n, c.activation == Activation::none ? 0.0f : tolerance);
 }
 
-// y = x w^T + bias + residual in float64; a row with a NaN or an infinity is all NaN.
+double activated(double x, Activation activation) {
+  switch (activation) {
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x < 0 ? 0 : x;
+    case Activation::gelu:
+      return 0.5 * x * std::erfc(-x * M_SQRT1_2);
+    case Activation::gelu_tanh:
+      return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+    case Activation::silu:
+      return x / (1 + std::exp(-x));
+  }
+  return NAN;
+}
+
+// y = activation(x w^T + bias) + residual in float64, no activation's slope being above 1.2; a row with a NaN or an
+// infinity is all NaN.
 std::string wrong_sum(const SparseCase& c, const SparseInputs<float>& in, const Floats& x, const Floats& got) {
   for (int64_t r = 0; r < c.m; ++r) {
     bool finite = true;
     for (int64_t j = 0; j < c.k; ++j) finite = finite && std::isfinite(x[static_cast<size_t>(r * c.k + j)]);
     for (int64_t o = 0; o < c.n; ++o) {
       auto i = static_cast<size_t>(r * c.n + o);
-      double sum = (c.has_bias ? static_cast<double>(in.bias[static_cast<size_t>(o)]) : 0.0) +
-                   (c.has_residual ? static_cast<double>(in.residual[i]) : 0.0);
-      double size = 4.0 + std::fabs(sum);
+      double sum = c.has_bias ? static_cast<double>(in.bias[static_cast<size_t>(o)]) : 0.0;
+      double residual = c.has_residual ? static_cast<double>(in.residual[i]) : 0.0;
+      double size = std::fabs(sum) + std::fabs(residual) + (c.activation == Activation::none ? 0x1p-100 : 1.0);
       for (int64_t j = 0; j < c.k; ++j) {
         double term = static_cast<double>(x[static_cast<size_t>(r * c.k + j)]) *
                       static_cast<double>(in.weight[static_cast<size_t>(o * c.k + j)]);
         sum += term, size += std::fabs(term);
       }
+      sum = activated(sum, c.activation) + residual;
       double tolerance = (c.type == Type::bf16 ? 0x1p-8 : 0x1p-20) * size;
       bool right = finite ? std::fabs(static_cast<double>(got[i]) - sum) <= tolerance : std::isnan(got[i]);
       if (!right) return at(i, c.n, got[i], static_cast<float>(sum));
@@ -228,14 +261,14 @@ void sparse_linear(const SparseCase& c) {
   }
   Floats x(numbers, c.type), got(static_cast<size_t>(c.m * c.n), c.type, 0xc5);
   SparseLinear a{};
-  a.weight = in.read(c);
+  if (!in.read(c, a.weight)) return;
   a.x = x.pointer(), a.y = got.pointer(), a.m = c.m, a.n = c.n, a.k = c.k, a.activation = c.activation;
   if (c.has_bias) a.bias = in.bias.pointer();
   if (c.has_residual) a.residual = in.residual.pointer();
   Guarded scratch(tested.sparse_linear_scratch(a), 64, 0x77);
   a.scratch = scratch.as<void>();
   tested.sparse_linear(a);
-  if (c.damage > 0 || c.activation != Activation::none) return;  // the activations are those of int8_linear
+  if (c.damage > 0) return;
   std::string difference = wrong_sum(c, in, x, got);
   check(difference.empty(), difference);
 }
@@ -247,12 +280,45 @@ SparseCase any_sparse(int64_t m, int64_t n, int64_t k, bool few) {
   c.type = pick<Type>({Type::f32, Type::bf16});
   c.has_bias = integer(0, 1) == 1;
   c.has_residual = integer(0, 2) == 0;
+  c.has_factor = integer(0, 3) == 0;
   c.activation = static_cast<Activation>(integer(0, 3) == 0 ? integer(1, 4) : 0);
   c.data = pick<Data>({Data::random, Data::special, Data::extreme, Data::ties});
   return c;
 }
 
+// In a parallel region of someone else, where kernels run serially, each thread with scratch memory of its own.
+void sparse_in_parallel() {
+  SparseCase c{};
+  c.m = 40, c.n = 300, c.k = 420, c.zeros = 5, c.type = Type::f32, c.data = Data::random;
+  begin_sparse("sparse_int8_linear in a parallel region", c);
+  SparseInputs<int8_t> in(c);
+  Floats x(activations(c.m, c.k, c.data), c.type), scale(static_cast<size_t>(c.n), Type::f32);
+  for (size_t i = 0; i < scale.size; ++i) scale.set(i, uniform(1e-4f, 1e-2f));
+  SparseInt8Linear a{};
+  check(in.read(c, a.weight), "is refused");
+  a.dense.x = x.pointer(), a.dense.scale = scale.memory.as<float>();
+  a.dense.m = c.m, a.dense.n = c.n, a.dense.k = c.k;
+  auto run = [&](Floats& y, void* scratch) {
+    SparseInt8Linear own = a;
+    own.dense.y = y.pointer(), own.dense.scratch = scratch;
+    tested.sparse_int8_linear(own);
+  };
+  auto count = static_cast<size_t>(c.m * c.n);
+  Floats expected(count, c.type, 0x5a);
+  Guarded room(tested.sparse_int8_linear_scratch(a), 64, 0x11);
+  run(expected, room.as<void>());
+  std::list<Floats> got;
+  for (int t = 0; t < 3; ++t) got.emplace_back(count, c.type, 0xc5);
+#pragma omp parallel num_threads(3)
+  {
+    Guarded scratch(tested.sparse_int8_linear_scratch(a), 64, 0x77);
+    run(*std::next(got.begin(), omp_get_thread_num()), scratch.as<void>());
+  }
+  for (const Floats& y : got) check_same(y, expected, c.n, 0.0f);
+}
+
 void sparse_cases() {
+  sparse_in_parallel();
   std::vector<int64_t> rows = {0, 1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 48, 67};
   auto both = [](const SparseCase& c) {
     sparse_int8_linear(c);
@@ -268,7 +334,8 @@ void sparse_cases() {
     both(any_sparse(1030, 17, 40, few));  // more rows than one pass takes
     for (int i = 0; i < 60; ++i) {
       SparseCase c = any_sparse(pick<int64_t>({1, 3, 17, 40}), pick<int64_t>({5, 130}), pick<int64_t>({30, 820}), few);
-      c.zeros = 5, c.damage = integer(1, 200);
+      c.zeros = 5, c.damage = integer(1, 200), c.damaged_before = i % 4 == 0;
+      if (c.damaged_before) c.damage = integer(1, 4);  // more are nearly always seen
       both(c);
     }
   }
