@@ -13,10 +13,10 @@ from rich.console import Console
 
 import peers
 from contest import checker, contest, hushed, prepared
-from peers import MODEL, Contestant, Job, reason
+from peers import MODEL, PRUNED, Contestant, Job, reason
 from potstill import _C
 from standings import Row, columns, save
-from subjects import DECODERS, SUBJECTS, build
+from subjects import DECODERS, SUBJECTS, WITH_ZEROS, build
 
 SECONDS = 4.0
 
@@ -34,7 +34,8 @@ def main() -> int:
         except ImportError as error:  # the package with its weights
             missing[name] = reason(error)
             continue
-        for row in _rows(name, job, contestants, options.threads):
+        entered = [*contestants, *(peers.load(PRUNED)[0] if name in WITH_ZEROS else ())]
+        for row in _rows(name, job, entered, options.threads):
             rows.append(row)
             console.print(columns(row, "tokens/s" if name in DECODERS else "ms"))
         gc.collect()  # of sessions and copies of the weights

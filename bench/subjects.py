@@ -12,7 +12,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+import potstill
 from peers import Job
+from potstill.nn import MaskedLinear
 
 SENTENCES = 200  # that judge accuracy; the others calibrate
 CONTEXT = 128  # tokens in a decoder's cache
@@ -68,6 +70,16 @@ def _bert(batch: int) -> Job:
     return Job(Hidden(model), (torch.randint(1000, 30000, (batch, 128)),))
 
 
+def _pruned_bert() -> Job:
+    """With 80 % of the blocks of four weights of its linear layers zero, in plain ``nn.Linear``."""
+    job = _bert(1)
+    potstill.prune_(job.module, potstill.Prune(0.8, "1x4"))
+    for name, layer in list(job.module.named_modules()):
+        if isinstance(layer, MaskedLinear):
+            job.module.set_submodule(name, layer.to_float())
+    return job
+
+
 def _vit() -> Job:
     config = transformers.ViTConfig(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
@@ -116,6 +128,7 @@ def _step(model: Any, layers: int) -> Job:
 SUBJECTS: dict[str, Callable[[], Job]] = {
     "bert-base 1x128": lambda: _bert(1),
     "bert-base 8x128": lambda: _bert(8),
+    "bert-base 80 % zeros": _pruned_bert,
     "minilm-l6 1x64": _minilm,
     "vit-s16 1x224": _vit,
     "llama-like 124M": _llama,
@@ -123,6 +136,8 @@ SUBJECTS: dict[str, Callable[[], Job]] = {
 }
 
 
+WITH_ZEROS = ("bert-base 80 % zeros",)
+"""The subjects whose zeros contestants may use."""
 DECODERS = ("llama-like 124M", "gpt2 124M")
 """The subjects whose call is one token."""
 

@@ -228,7 +228,7 @@ def test_dots_show_value_whiskers_and_seeds() -> None:
 
 def test_curves_have_bands() -> None:
     line = plot.Line("a", [1.0, 2.0, 4.0], 0, [(0.0, 2.0), (1.0, 3.0), (4.0, 4.0)])
-    chart = ET.fromstring(plot.lines("T", "epoch", "y", [line], first=5))
+    chart = ET.fromstring(plot.lines("T", "epoch", "y", [line], where=range(5, 8)))
     (band,), (curve,) = chart.iter("polygon"), chart.iter("polyline")
     around = [tuple(map(float, point.split(","))) for point in band.attrib["points"].split()]
     points = [tuple(map(float, point.split(","))) for point in curve.attrib["points"].split()]

@@ -72,13 +72,14 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def _chart(record: Mapping[str, Any], found: Means, pattern: str, at: int) -> Markup:
-    data = []
-    for (shape, criterion), by in found.items():
-        if shape == pattern:  # 95 % does not lie on the axis of tens
-            values = [both[at] for percent, both in by.items() if percent % 10 == 0]
-            data.append(plot.Line(criterion, values, len(data)))
+    curves = {criterion: by for (shape, criterion), by in found.items() if shape == pattern}
+    percents = sorted({percent for by in curves.values() for percent in by})
+    data = [
+        plot.Line(criterion, [by[percent][at] for percent in percents], series)
+        for series, (criterion, by) in enumerate(curves.items())
+    ]
     title = f"{pattern}, {('pruned', 'distilled')[at]}"
-    return plot.lines(title, "sparsity, in tens of %", record["metric"], data, first=5)
+    return plot.lines(title, "sparsity in %", record["metric"], data, percents)
 
 
 def _title(record: Mapping[str, Any]) -> str:

@@ -28,7 +28,9 @@ INT4 = "int4"
 """Linear layers with 4-bit weights, one scale per :data:`GROUP` inputs; the module is as for :data:`INT8`."""
 MODEL = "model"
 """Whole models; the module takes and returns plain tensors."""
-TABLES = (INT8, INT4, MODEL)
+PRUNED = "pruned"
+"""As :data:`MODEL`, but blocks of weights are zero, which these contestants make use of."""
+TABLES = (INT8, INT4, MODEL, PRUNED)
 
 GROUP = 128
 FILES = ("torch_", "dynamic", "torchao_", "ort", "openvino_")

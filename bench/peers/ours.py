@@ -7,7 +7,7 @@ import copy
 from torch import nn
 
 import potstill
-from peers import GROUP, INT4, INT8, MODEL, Call, Job, Start, contestant
+from peers import GROUP, INT4, INT8, MODEL, PRUNED, Call, Job, Start, contestant
 from peers.torch_ import calling, compiled
 from potstill.nn import Int4Linear, Int8Linear
 
@@ -58,6 +58,20 @@ def int4_and_fused(job: Job) -> Start:
     embeddings = [name for name, module in job.module.named_modules() if isinstance(module, nn.Embedding)]
     config = potstill.Mixed({**dict.fromkeys(embeddings, _INT8), "*": potstill.Int4(GROUP)})
     return lambda: calling(_fused(job, config), job.inputs)()
+
+
+@contestant("potstill sparse + fuse", PRUNED)
+def sparse_and_fused(job: Job) -> Start:
+    """Layers with zeros as sparse ones where that is faster, the others in int8."""
+
+    def start() -> Call:
+        model = copy.deepcopy(job.module)
+        potstill.realise_(model, job.inputs)
+        potstill.quantize_(model, sample_input=job.inputs)
+        potstill.fuse_(model, job.inputs)
+        return calling(model, job.inputs)()
+
+    return start
 
 
 @contestant("potstill + fuse compiled", MODEL)

@@ -19,7 +19,7 @@ import potstill
 from potstill.errors import PotstillError
 from potstill.ops import OPS, kd_samples, linear_kd_samples
 from potstill.ops.op import Sample
-from potstill.report import bench, sparse
+from potstill.report import bench, sparse, sparse_view
 from potstill.report.machine import backends, machine
 from potstill.report.measure import ceilings
 from potstill.report.memory import bench_memory
@@ -164,21 +164,25 @@ def bench_sparse(
     weights: Annotated[sparse.Weights, typer.Option(help="What the stored weights are.")] = "int8",
     threads: Annotated[Sizes, typer.Option(min=1, help="Threads; repeat for several.")] = _THREADS,
     json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file too.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with curves to this file too.")] = None,
 ) -> None:
     """Time the sparse linear layer in both orders of its weight, and tell from which sparsity on it pays."""
     name, rival = ("sparse_int8_linear", "int8_linear") if weights == "int8" else ("sparse_linear", bench.EAGER)
     layers = list(product(m, k, n))
     chosen = [s for layer in layers for part in sparsity for s in sparse.samples(*layer, part, pattern, weights)]
-    rows = iter(_bench(name, chosen, threads, json))
-    for count, (rows_of_x, inputs, outputs) in product(threads, layers):
-        points, orders = [], []
-        for part in sparsity:
-            many, few = next(rows), next(rows)
-            best = min(many, few, key=lambda row: row.ours.median)
-            points.append((part, best.times_faster_than(rival)))
-            orders.append(f"{part:g}: {'many' if best is many else 'few'}")
-        where = f"m={rows_of_x} k={inputs} n={outputs}, threads: {count}"
-        typer.echo(f"{where}: {sparse.verdict(points, rival)}; faster order at {', '.join(orders)}")
+    rows = _bench(name, chosen, threads, json)
+    each = len(chosen) // len(layers)
+    courses = [
+        sparse.course(layer, rival, sparsity, rows[i * each : (i + 1) * each])
+        for i, (_, layer) in enumerate(product(threads, layers))
+    ]
+    for c in courses:
+        orders = ", ".join(f"{part:g}: {order}" for part, order in zip(c.sparsities, c.orders, strict=True))
+        where = f"m={c.m} k={c.k} n={c.n}, threads: {c.threads}"
+        typer.echo(f"{where}: {sparse.verdict(c.points, rival)}; faster order at {orders}")
+    if html is not None:
+        html.write_text(sparse_view.page(f"{name}, zeros: {pattern}", courses), encoding="utf-8")
+        typer.echo(f"Written: {html}")
 
 
 def _bench(

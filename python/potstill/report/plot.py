@@ -129,46 +129,56 @@ def dots(title: str, axis: str, data: Sequence[Dot], reference: float | None = N
     return _chart(title, described, top + height + 2 * _LINE + 10, parts)
 
 
-def lines(title: str, x_axis: str, y_axis: str, data: Sequence[Line], first: float = 1, step: float = 1.0) -> Markup:
+def lines(
+    title: str,
+    x_axis: str,
+    y_axis: str,
+    data: Sequence[Line],
+    where: Sequence[float] | None = None,
+    reference: float | None = None,
+) -> Markup:
     """A line chart of curves with their bands; raises :class:`ValueError` unless all is finite.
 
-    Their values lie at ``first`` and then ``step`` apart.
-
-    The y axis covers the values, not zero, and says so by its ticks.
+    Values lie at ``where``, rising numbers, at least as many as the longest curve has; None counts them from 1.
+    ``reference`` is a level line across all. The y axis covers the values, not zero, and says so by its ticks.
     """
     values = [value for line in data for value in (*line.values, *(end for ends in line.band for end in ends))]
-    last = first + (max(len(line.values) for line in data) - 1) * step
-    whole = first == int(first) and step == int(step)
-    y_marks = ticks(*_range(values), 5)
-    x_marks = [mark for mark in ticks(first, last, 6) if (not whole or mark == int(mark)) and first <= mark <= last]
+    longest = max(len(line.values) for line in data)
+    xs = range(1, longest + 1) if where is None else where[:longest]
+    whole = all(x == int(x) for x in xs)
+    y_marks = ticks(*_range(values if reference is None else [*values, reference]), 5)
+    x_marks = [mark for mark in ticks(xs[0], xs[-1], 6) if (not whole or mark == int(mark)) and xs[0] <= mark <= xs[-1]]
     low, high = y_marks[0], y_marks[-1]
     left = max(len(_number(mark)) for mark in y_marks) * _CHARACTER + 14
     top, height = 2 * _LINE + 14, 170
     width = WIDTH - left - 14
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / (last - first or 1)
+        across = (x - xs[0]) / (xs[-1] - xs[0] or 1)
         return left + across * width, top + height - (y - low) / (high - low) * height
 
     parts = [_text(left, 2 * _LINE + 2, y_axis, "tick", "start")]
     for mark in y_marks:
-        y = at(first, mark)[1]
+        y = at(xs[0], mark)[1]
         parts += [_line(left, y, left + width, y, "grid"), _text(left - 7, y + 4, _number(mark), "tick", "end")]
     for mark in x_marks:
         x = at(mark, low)[0]
         parts += [_line(x, top + height, x, top + height + 4, "axis")]
         parts += [_text(x, top + height + _LINE + 2, _number(mark), "tick", "middle")]
     parts.append(_line(left, top + height, left + width, top + height, "axis"))
+    if reference is not None:
+        level = at(xs[0], reference)[1]
+        parts.append(_line(left, level, left + width, level, "axis"))
     parts.append(_text(left + width / 2, top + height + 2 * _LINE + 2, x_axis, "tick", "middle"))
     legend_x, legend_y = left, top + height + 3 * _LINE + 10
     for line in data:
         if line.band:
-            upper = [at(first + i * step, high) for i, (_, high) in enumerate(line.band)]
-            lower = [at(first + i * step, low) for i, (low, _) in enumerate(line.band)]
+            upper = [at(x, high) for x, (_, high) in zip(xs, line.band, strict=False)]
+            lower = [at(x, low) for x, (low, _) in zip(xs, line.band, strict=False)]
             path = _path([*upper, *reversed(lower)])
             parts.append(Markup('<polygon points="{}" class="band s{}"/>').format(path, line.series))
     for line in data:
-        points = [at(first + i * step, y) for i, y in enumerate(line.values)]
+        points = [at(x, y) for x, y in zip(xs, line.values, strict=False)]
         parts.append(Markup('<polyline points="{}" class="line s{}"/>').format(_path(points), line.series))
         parts += [_marker(x, y, line.series) for x, y in points[:: -(-len(points) // _MARKED)]]
         wide = len(line.label) * _CHARACTER + 34

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -14,9 +15,42 @@ from potstill.ops.int8_linear import quantize_weight
 from potstill.ops.op import Sample
 from potstill.ops.sparse import ROWS, Rows, pack, to_blocks
 from potstill.ops.sparse_samples import random_blocks
+from potstill.report.bench import BenchRow
 
 Pattern = Literal["1x4", "unstructured"]
 Weights = Literal["int8", "float"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How much faster the sparse layer is than ``rival`` (above 1: faster) at each of ``sparsities``, rising.
+
+    ``orders``: which order of its weight, "many" rows or "few", was the faster one there; ``seconds``: its median.
+    """
+
+    m: int
+    k: int
+    n: int
+    threads: int
+    rival: str
+    sparsities: tuple[float, ...]
+    speedups: tuple[float, ...]
+    orders: tuple[Rows, ...]
+    seconds: tuple[float, ...]
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Sparsity and speed-up."""
+        return list(zip(self.sparsities, self.speedups, strict=True))
+
+
+def course(sizes: tuple[int, int, int], rival: str, sparsities: Sequence[float], rows: Sequence[BenchRow]) -> Course:
+    """From what was measured of the :func:`samples` of each sparsity in turn."""
+    by_sparsity = []
+    for sparsity, pair in zip(sparsities, zip(rows[::2], rows[1::2], strict=True), strict=True):
+        order, best = min(zip(ROWS, pair, strict=True), key=lambda entry: entry[1].ours.median)
+        by_sparsity.append((sparsity, best.times_faster_than(rival), order, best.ours.median))
+    return Course(*sizes, rows[0].threads, rival, *zip(*sorted(by_sparsity), strict=True))
 
 
 def samples(m: int, k: int, n: int, sparsity: float, pattern: Pattern, weights: Weights) -> list[Sample]:

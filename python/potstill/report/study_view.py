@@ -105,10 +105,11 @@ def _charts(study: Study) -> Iterator[Markup]:
     curves = [_curve(name, row, series[name]) for name, row in study.rows.items() if all(run.curve for run in row.runs)]
     if curves:
         yield plot.lines("While training", "epoch", _axis(study), curves)
-        half = max(len(curve.values) for curve in curves) // 2
+        longest = max(len(curve.values) for curve in curves)
+        half = longest // 2
         late = [_from(half, curve) for curve in curves if len(curve.values) > half]
         if half > 1:
-            yield plot.lines("The second half of it", "epoch", _axis(study), late, first=half + 1)
+            yield plot.lines("The second half of it", "epoch", _axis(study), late, range(half + 1, longest + 1))
 
 
 def _curve(name: str, row: Row, series: int) -> plot.Line:
