@@ -1,5 +1,6 @@
 """quantize_ with rules for whole blocks: which of a block and its parts are replaced."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ import potstill
 from potstill import Int8, Mixed
 from potstill.nn import Int8Linear
 from potstill.transform import rules, survey
-from potstill.transform.observe import BlockCalls, Call
+from potstill.transform.observe import BlockCalls, Call, usual_calls
+from potstill.transform.rules.linear import LinearToInt8
 from potstill.transform.rules.rule import Arguments, Rule
 from potstill.transform.swap import Site
 
@@ -178,3 +180,19 @@ def test_sensitivity_looks_at_parts() -> None:
     model = Model()
     convert(model, config=mixed)
     assert kinds(model) == [Block, Block, Int8Linear]
+
+
+def test_a_call_is_judged_by_its_own_device() -> None:
+    rule = LinearToInt8()
+    half = {device: rule.why_not_call(Call(8, torch.float16, None, device=device)) for device in ("cpu", "cuda", "xpu")}
+    assert "the cpu kernel takes" in half["cpu"]
+    assert "no xpu kernel" in half["xpu"]
+    needed = "" if importlib.util.find_spec("triton") else "triton"
+    assert needed in half["cuda"]
+    assert bool(needed) == bool(half["cuda"])
+
+
+def test_usual_calls_are_on_the_device_of_the_layer() -> None:
+    calls = usual_calls(torch.float32, "cuda", (1, 5))
+    assert {(call.rows, call.device): count for call, count in calls.items()} == {(1, "cuda"): 1, (5, "cuda"): 1}
+    assert Call(1, torch.float32, None) not in calls

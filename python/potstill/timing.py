@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -31,7 +33,8 @@ def compare(
     Each of at most ``rounds`` (at least 2) rounds runs every call for about ``block`` seconds (at least once, after one
     untimed call that brings its data back into the caches), in an order that reverses every round; ``seconds`` bounds
     the whole, except that three rounds always run. ``before`` is called, untimed, before each block. A spell that
-    outlasts half of the rounds shows in the medians; only a second comparison at another time can tell.
+    outlasts half of the rounds shows in the medians; only a second comparison at another time can tell. Where
+    GPUs are in use, a block's time ends when they are done with it.
 
     >>> times = compare({"short": lambda: sum(range(10)), "long": lambda: sum(range(10_000))}, seconds=0.05)
     >>> times["short"].median < times["long"].median
@@ -61,10 +64,17 @@ def compare(
 
 
 def _time(call: Callable[[], object], count: int) -> float:
+    _wait()
     start = time.perf_counter()
     for _ in range(count):
         call()
+    _wait()
     return (time.perf_counter() - start) / count
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _summary(values: list[float]) -> Timing:

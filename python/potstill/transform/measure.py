@@ -39,17 +39,18 @@ def calling(module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: Mappin
     """A function that calls ``module`` with these arguments, under autocast if ``call`` was."""
 
     def run() -> object:
-        with autocast(call.autocast):  # entered per call: on leaving it torch forgets the weights that it cast
+        # Entered per call: on leaving it torch forgets the weights that it cast.
+        with autocast(call.autocast, call.device):
             return module(*args, **kwargs)
 
     return run
 
 
-def autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
-    """Autocast to ``dtype`` inside, or none."""
-    if dtype == autocast_dtype():
+def autocast(dtype: torch.dtype | None, device: str) -> AbstractContextManager[object]:
+    """Autocast to ``dtype`` inside on a type of device, or none."""
+    if dtype == autocast_dtype(device):
         return nullcontext()
-    return torch.autocast("cpu", dtype=dtype, enabled=dtype is not None)
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not None)
 
 
 def snr_db(wanted: Tensor, other: Tensor) -> float | None:

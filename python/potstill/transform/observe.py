@@ -24,13 +24,14 @@ KEPT_ROWS = 256
 class Call:
     """What the time of a call depends on: rows and dtype of the input, and the dtype of autocast where that is on.
 
-    ``rest`` is whatever else matters for the module at hand.
+    ``rest`` is whatever else matters for the module at hand; ``device`` the type of the input's device.
     """
 
     rows: int
     dtype: torch.dtype
     autocast: torch.dtype | None
     rest: Hashable = ()
+    device: str = "cpu"
 
     @property
     def used_dtype(self) -> torch.dtype:
@@ -38,9 +39,14 @@ class Call:
         return self.autocast or self.dtype
 
 
-def autocast_dtype(device: str = "cpu") -> torch.dtype | None:
+def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype of autocast if it is on here."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def usual_calls(dtype: torch.dtype, device: str, rows: Iterable[int]) -> dict[Call, int]:
+    """One call each of so many rows on a type of device, where no sample tells."""
+    return {Call(count, dtype, autocast_dtype(device), device=device): 1 for count in rows}
 
 
 @dataclass(eq=False)
@@ -72,7 +78,8 @@ class RowCalls(Calls):
             self.nested = True
             return
         flat = x.detach().reshape(-1, *x.shape[x.dim() - self.row_dims :])
-        self.counts[Call(flat.shape[0], x.dtype, autocast_dtype(x.device.type))] += 1
+        device = x.device.type
+        self.counts[Call(flat.shape[0], x.dtype, autocast_dtype(device), device=device)] += 1
         missing = KEPT_ROWS - sum(len(rows) for rows in self.inputs)
         self.inputs.append(flat[:missing].clone())
 
@@ -91,7 +98,8 @@ class BlockCalls(Calls):
         x: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         self.nested |= x.is_nested
         rows = 0 if x.is_nested else math.prod(x.shape[:-1])
-        call = Call(rows, x.dtype, autocast_dtype(x.device.type), (_signature(args), _signature(kwargs)))
+        device, signature = x.device.type, (_signature(args), _signature(kwargs))
+        call = Call(rows, x.dtype, autocast_dtype(device), signature, device)
         self.counts[call] += 1
         self.examples.setdefault(call, (args, kwargs))
 

@@ -170,10 +170,11 @@ def _alike(layer: Layer, rule: Rule[Any], call: Call) -> Hashable:
 
 def _measure_error(layer: Layer, rule: Rule[Any], new: nn.Module) -> None:
     module = layer.site.module
+    device = next(module.parameters()).device.type
     args, kwargs = rule.example(module, layer.calls or rule.watch())
 
     def output(form: nn.Module) -> Tensor:
-        with autocast(None):
+        with autocast(None, device):
             result = form(*args, **kwargs)
         return result if isinstance(result, Tensor) else result[0]  # attention returns its weights too
 

@@ -22,9 +22,9 @@ from potstill.transform.observe import (
     Call,
     RowCalls,
     Sample,
-    autocast_dtype,
     evaluating,
     observe,
+    usual_calls,
 )
 from potstill.transform.report import LayerRow, Report
 from potstill.transform.rows import model_bytes, what_was_measured
@@ -161,8 +161,8 @@ def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, must_be_called: bo
 def _counts(layer: _Pruned, sampled: bool) -> Mapping[Call, int]:
     if sampled and layer.calls.counts:
         return layer.calls.counts
-    dtype = layer.site.module.get_parameter("weight").dtype
-    return {Call(rows, dtype, autocast_dtype()): 1 for rows in USUAL_ROWS}
+    weight = layer.site.module.get_parameter("weight")
+    return usual_calls(weight.dtype, weight.device.type, USUAL_ROWS)
 
 
 def _alike(layer: _Pruned, call: Call) -> Hashable:
@@ -208,7 +208,8 @@ def _arguments(layer: _Pruned, call: Call) -> tuple[Tensor]:
     if isinstance(layer.calls, BlockCalls):
         args, kwargs = layer.calls.examples[call]
         return (next(iter((*args, *kwargs.values()))),)
-    return (torch.randn(call.rows, _shape(layer.forms[DENSE])[1]).to(call.dtype),)
+    weight = layer.forms[DENSE].get_parameter("weight")
+    return (torch.randn(call.rows, _shape(layer.forms[DENSE])[1]).to(weight.device, call.dtype),)
 
 
 def _choose(layer: _Pruned, only_if_faster: bool) -> None:
@@ -260,6 +261,7 @@ def _snr(layer: _Pruned) -> float | None:
         seen = [_arguments(layer, call)[0] for call in list(layer.calls.counts)[:1]]
     else:
         seen = layer.calls.inputs or [torch.randn(KEPT_ROWS, _shape(plain)[1])]
-    x = torch.cat([part.to(plain.get_parameter("weight").dtype) for part in seen])
-    with autocast(None):
+    weight = plain.get_parameter("weight")
+    x = torch.cat([part.to(weight.device, weight.dtype) for part in seen])
+    with autocast(None, weight.device.type):
         return snr_db(plain(x), layer.forms[layer.chosen](x))

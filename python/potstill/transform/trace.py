@@ -79,8 +79,8 @@ class _Watch(TorchFunctionMode):
             self._inputs[key] = []
             self.trace.inputs.append(self._inputs[key])
         self._inputs[key].append(layer)
-        rows = x.numel() // max(x.shape[-1], 1)
-        self.trace.calls.setdefault(layer, []).append(Call(rows, x.dtype, autocast_dtype(x.device.type)))
+        rows, device = x.numel() // max(x.shape[-1], 1), x.device.type
+        self.trace.calls.setdefault(layer, []).append(Call(rows, x.dtype, autocast_dtype(device), device=device))
 
     def layer_ends(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         found = self._outputs[id(output)] = Output(layer, output)

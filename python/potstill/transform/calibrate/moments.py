@@ -43,7 +43,7 @@ class Moments:
         """Adds the rows of one call; a forward pre-hook."""
         x: Tensor = args[0] if args else kwargs["input"]
         x = x.values() if x.is_nested else x
-        with torch.autocast("cpu", enabled=False):  # the model may have switched it on
+        with torch.autocast(x.device.type, enabled=False):  # the model may have switched it on
             rows = x.detach().reshape(-1, x.shape[-1]).float()
             if self.sum.dim() == 2:
                 self.sum.addmm_(rows.t(), rows)

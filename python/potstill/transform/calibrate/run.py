@@ -72,7 +72,8 @@ def calibrate_(
     rows: list[CalibrationRow] = []
     found: list[tuple[Weight, Rounding]] = []
     bar = Bar(quiet=quiet)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), bar.shown():
+    device = weights[0].tensor.device.type if weights else "cpu"
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False), bar.shown():
         for number, part in enumerate(parts, 1):
             moments = _moments(model, part, loader, method, bar, f"inputs {number}/{len(parts)}")
             smooth = smoothing(moments)

@@ -14,7 +14,7 @@ from potstill.nn import Int8MultiheadAttention, Int8TransformerEncoderLayer
 from potstill.ops import int8_linear
 from potstill.transform.configs import Int8
 from potstill.transform.eligible import why_not_plain, why_not_weight
-from potstill.transform.observe import BlockCalls, Call, autocast_dtype
+from potstill.transform.observe import BlockCalls, Call, usual_calls
 from potstill.transform.rounding import Rounding
 from potstill.transform.rules.linear import USUAL_ROWS
 from potstill.transform.rules.rule import Arguments, Rule
@@ -47,7 +47,7 @@ class _BlockRule(Rule[BlockCalls]):
 
     def why_not_call(self, call: Call) -> str:
         """See :class:`Rule`."""
-        backend, why = int8_linear.backend("cpu", call.used_dtype)
+        backend, why = int8_linear.backend(call.device, call.used_dtype)
         return "" if backend == "kernel" else f"for its input in the sample {why}"
 
     def watch(self) -> BlockCalls:
@@ -56,17 +56,22 @@ class _BlockRule(Rule[BlockCalls]):
 
     def usual(self, module: nn.Module) -> Mapping[Call, int]:
         """See :class:`Rule`."""
-        dtype = next(module.parameters()).dtype
-        return {Call(rows, dtype, autocast_dtype()): 1 for rows in USUAL_ROWS}
+        parameter = next(module.parameters())
+        return usual_calls(parameter.dtype, parameter.device.type, USUAL_ROWS)
 
     def arguments(self, module: nn.Module, call: Call, calls: BlockCalls | None) -> Arguments:
         """Those of the sample, or random ones."""
-        return calls.examples[call] if calls else self.random(module, call.rows, call.dtype)
+        return calls.examples[call] if calls else self._random(module, call.rows, call.dtype)
 
     def example(self, module: nn.Module, calls: BlockCalls) -> Arguments:
         """See :class:`Rule`."""
         first = next(iter(calls.examples.values()), None)
-        return first or self.random(module, USUAL_ROWS[-1], next(module.parameters()).dtype)
+        return first or self._random(module, USUAL_ROWS[-1], next(module.parameters()).dtype)
+
+    def _random(self, module: nn.Module, rows: int, dtype: torch.dtype) -> Arguments:
+        args, kwargs = self.random(module, rows, dtype)
+        device = next(module.parameters()).device
+        return tuple(x.to(device) if isinstance(x, Tensor) else x for x in args), kwargs
 
     def alike(self, module: nn.Module) -> Hashable:
         """The arguments that such a module is made with, and the dtype."""

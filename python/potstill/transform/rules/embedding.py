@@ -11,7 +11,7 @@ from potstill.nn import Int8Embedding
 from potstill.ops import int8_linear
 from potstill.transform.configs import Int8
 from potstill.transform.eligible import why_not_plain, why_not_weight
-from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, autocast_dtype
+from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, usual_calls
 from potstill.transform.rounding import Rounding
 from potstill.transform.rules.linear import USUAL_ROWS
 from potstill.transform.rules.rule import Arguments, Rule
@@ -44,7 +44,7 @@ class EmbeddingToInt8(Rule[RowCalls]):
 
     def usual(self, module: nn.Module) -> Mapping[Call, int]:
         """See :class:`Rule`."""
-        return {Call(rows, torch.int64, autocast_dtype()): 1 for rows in USUAL_ROWS}
+        return usual_calls(torch.int64, module.get_parameter("weight").device.type, USUAL_ROWS)
 
     def build(self, module: nn.Embedding, config: Int8, rounding: Rounding | None) -> Int8Embedding:
         """See :class:`Rule`."""
@@ -68,4 +68,5 @@ class EmbeddingToInt8(Rule[RowCalls]):
 
 
 def _random_rows(module: nn.Embedding, rows: int) -> torch.Tensor:
-    return torch.randint(module.num_embeddings, (rows,), generator=torch.Generator().manual_seed(0))
+    indices = torch.randint(module.num_embeddings, (rows,), generator=torch.Generator().manual_seed(0))
+    return indices.to(module.weight.device)

@@ -17,7 +17,7 @@ from potstill.ops.op import Op
 from potstill.transform.configs import Int4, Int8
 from potstill.transform.eligible import why_not_plain, why_not_weight
 from potstill.transform.grid import Grid
-from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, autocast_dtype
+from potstill.transform.observe import KEPT_ROWS, Call, RowCalls, usual_calls
 from potstill.transform.rounding import Rounding
 from potstill.transform.rules.rule import Arguments, Rule
 from potstill.transform.swap import Site
@@ -54,7 +54,7 @@ class LinearRule(Rule[RowCalls]):
 
     def why_not_call(self, call: Call) -> str:
         """See :class:`Rule`."""
-        backend, why = self.op.backend("cpu", call.used_dtype)
+        backend, why = self.op.backend(call.device, call.used_dtype)
         return "" if backend == "kernel" else f"for its input in the sample {why}"
 
     def watch(self) -> RowCalls:
@@ -63,21 +63,21 @@ class LinearRule(Rule[RowCalls]):
 
     def usual(self, module: nn.Module) -> Mapping[Call, int]:
         """See :class:`Rule`."""
-        dtype = module.get_parameter("weight").dtype
-        return {Call(rows, dtype, autocast_dtype()): 1 for rows in USUAL_ROWS}
+        weight = module.get_parameter("weight")
+        return usual_calls(weight.dtype, weight.device.type, USUAL_ROWS)
 
     def arguments(self, module: nn.Module, call: Call, calls: RowCalls | None) -> Arguments:
         """Random rows."""
         x = torch.randn(call.rows, self.shape(module)[1], generator=torch.Generator().manual_seed(0))
-        return (x.to(call.dtype),), {}
+        return (x.to(module.get_parameter("weight").device, call.dtype),), {}
 
     def example(self, module: nn.Module, calls: RowCalls) -> Arguments:
         """See :class:`Rule`."""
         rows = calls.inputs
         if not rows:
             rows = [torch.randn(KEPT_ROWS, self.shape(module)[1], generator=torch.Generator().manual_seed(0))]
-        dtype = module.get_parameter("weight").dtype
-        return (torch.cat([part.to(dtype) for part in rows]),), {}
+        weight = module.get_parameter("weight")
+        return (torch.cat([part.to(weight.device, weight.dtype) for part in rows]),), {}
 
     def shape(self, module: Any) -> tuple[int, ...]:
         """See :class:`Rule`."""
