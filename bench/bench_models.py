@@ -25,16 +25,18 @@ def main() -> int:
     options = _options()
     console = Console(width=None if sys.stdout.isatty() else 140)
     rows: list[Row] = []
-    contestants, missing = peers.load(MODEL)
+    device = torch.device(options.device)
+    files = (peers.OURS, *(peers.FILES if device.type == "cpu" else peers.ON_GPU))
+    contestants, missing = peers.load(MODEL, files)
     contestants = [c for c in contestants if not (options.quick and "compile" in c.name)]
     for name in options.model:
         try:
             with hushed():
-                job = build(name)
+                job = build(name).on(device)
         except ImportError as error:  # the package with its weights
             missing[name] = reason(error)
             continue
-        entered = [*contestants, *(peers.load(PRUNED)[0] if name in WITH_ZEROS else ())]
+        entered = [*contestants, *(peers.load(PRUNED, files)[0] if name in WITH_ZEROS else ())]
         for row in _rows(name, job, entered, options.threads):
             rows.append(row)
             console.print(columns(row, "tokens/s" if name in DECODERS else "ms"))
@@ -51,11 +53,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", action="append", choices=list(SUBJECTS), help="default: all; may be repeated")
     parser.add_argument("--threads", action="append", type=int, help="default: 1 and all; may be repeated")
     parser.add_argument("--quick", action="store_true", help="without torch.compile, which takes most of the time")
-    results = Path(__file__).parent / "results" / f"models-{_C.isa()}.json"
-    parser.add_argument("--json", type=Path, default=results, help="where the numbers go (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--json", type=Path, help="where the numbers go (default: bench/results/models-<isa or gpu>.json)"
+    )
     options = parser.parse_args()
+    where = _C.isa() if options.device == "cpu" else torch.cuda.get_device_name().lower().replace(" ", "-")
+    options.json = options.json or Path(__file__).parent / "results" / f"models-{where}.json"
     options.model = options.model or list(SUBJECTS)
-    options.threads = options.threads or sorted({1, torch.get_num_threads()})
+    options.threads = options.threads or (sorted({1, torch.get_num_threads()}) if options.device == "cpu" else [1])
     return options
 
 

@@ -125,7 +125,7 @@ def checker(job: Job) -> Callable[[Call], tuple[float, float]]:
         for batch in batches:
             for x, value in zip(job.inputs, batch, strict=True):
                 x.copy_(value)
-            found.append(torch.as_tensor(call()).double().flatten(0, -2))
+            found.append(torch.as_tensor(call()).cpu().double().flatten(0, -2))
         for x, value in zip(job.inputs, own, strict=True):
             x.copy_(value)
         return torch.cat(found)
@@ -188,6 +188,8 @@ def _running(task: Path) -> bool:
 def _once(call: Call) -> float:
     start = time.perf_counter()
     call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Call = Callable[[], Any]
@@ -35,6 +36,8 @@ TABLES = (INT8, INT4, MODEL, PRUNED)
 GROUP = 128
 FILES = ("torch_", "dynamic", "torchao_", "ort", "openvino_")
 """The files beside this one, each for one library."""
+ON_GPU = ("torch_",)
+"""Those whose contestants run on the device of the job's tensors; the others know CPUs only."""
 OURS = "ours"
 """The file with potstill itself."""
 
@@ -47,6 +50,14 @@ class Job:
     inputs: tuple[Tensor, ...]
     data: tuple[tuple[Tensor, ...], ...] = ()
     calibration: tuple[tuple[Tensor, ...], ...] = ()
+
+    def on(self, device: torch.device) -> Job:
+        """The same job there; the module itself is moved."""
+        inputs, *others = (
+            tuple(tuple(x.to(device) for x in batch) for batch in batches)
+            for batches in ((self.inputs,), self.data, self.calibration)
+        )
+        return Job(self.module.to(device), inputs[0], *others)
 
 
 Prepare = Callable[[Job], Start]

@@ -110,6 +110,9 @@ class Distiller:
         Under ``torchrun``, or where torch's default process group exists, each process trains on its rows of every
         batch: see :class:`Processes`. All give the same loader; the first writes the checkpoint, which all must see.
 
+        Where another process dies or hangs, :class:`RuntimeError` names it; it is waited for as many seconds as the
+        variable ``POTSTILL_TIMEOUT`` says, or 600.
+
         Raises :class:`CheckpointError` for a checkpoint that is damaged or belongs to another run,
         :class:`FloatingPointError` with the batch when the loss or the gradient is not finite (the weights are then
         those of the step before, and the checkpoint is not touched), and :class:`ValueError` for an empty loader.

@@ -70,7 +70,9 @@ class Loop:
         distiller, plan = self._distiller, self._plan
         self._checkpoint, self._every = checkpoint, every
         with ExitStack() as stack:
-            self._processes = processes = Processes.joined(distiller.device)
+            self._processes = processes = Processes.joined(
+                distiller.device, self._place, lambda: self._interrupts.waiting > 0
+            )
             stack.enter_context(Chance(distiller.device).kept())
             stack.enter_context(mode(distiller.student, training=True))
             stack.enter_context(mode(distiller.strategies, training=True))
@@ -167,6 +169,9 @@ class Loop:
             which = f"batch {first}" if size == 1 else f"batches {first} to {first + size - 1}"
         kept = f" (the last good checkpoint is {self._checkpoint})" if self._checkpoint is not None else ""
         return f"{which} of epoch {epoch}{kept}"
+
+    def _place(self) -> str:
+        return f"Distiller.fit: step {self._history.step + 1}: {self._where(1, None)}"
 
     def _after_step(self, taken: bool) -> None:
         if self._checkpoint is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import atexit
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -28,27 +28,44 @@ class Processes:
     other, and batch normalisation, see a process's share. Random numbers inside the models differ from process to
     process.
 
+    Where a process has died or hangs, the others raise a :class:`RuntimeError` that names it and begins with
+    ``where()``; see :func:`potstill.parallel.faults.named`, also for ``leaving``.
+
     >>> alone = Processes(torch.device("cpu"))
     >>> alone.rank, alone.world
     (0, 1)
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        where: Callable[[], str] = lambda: "Distiller.fit",
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._device = device
+        self._where, self._leaving = where, leaving
         alone = not (dist.is_available() and dist.is_initialized())
         self.rank, self.world = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
     @classmethod
-    def joined(cls, device: torch.device) -> Processes:
+    def joined(
+        cls,
+        device: torch.device,
+        where: Callable[[], str] = lambda: "Distiller.fit",
+        leaving: Callable[[], bool] = lambda: False,
+    ) -> Processes:
         """Under ``torchrun`` the default group is made, if it is not there.
 
-        It is ended with the process: torchrun's meeting point serves for one group of a program.
+        In it a process waits for another as long as :func:`potstill.parallel.faults.timeout` says. It is ended with the
+        process: torchrun's meeting point serves for one group of a program.
         """
         launched = dist.is_available() and dist.is_torchelastic_launched()
         if launched and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            from potstill.parallel import meeting  # here: the package imports much of torch that one process needs not
+
+            meeting.join("nccl" if device.type == "cuda" else "gloo")
             atexit.register(_leave)
-        return cls(device)
+        return cls(device, where, leaving)
 
     def share(self, batch: Batch) -> Batch:
         """This process's rows of a batch: those of every tensor whose first size is that of the target."""
@@ -69,7 +86,7 @@ class Processes:
         for batch in group:
             code = zlib.crc32(batch.target.detach().cpu().contiguous().numpy().tobytes(), code)
         bounds = torch.tensor([code, -code], dtype=torch.int64, device=self._device)
-        dist.all_reduce(bounds, dist.ReduceOp.MAX)
+        self._all_reduce(bounds, largest=True)
         if int(bounds[0]) != -int(bounds[1]):
             raise RuntimeError(
                 "Distiller.fit: the loaders of the processes yield different batches. Every process gets the same "
@@ -98,7 +115,7 @@ class Processes:
         for gradients in by_dtype.values():
             for bucket in _buckets(gradients):
                 flat = torch.cat([gradient.flatten() for gradient in bucket])
-                dist.all_reduce(flat)
+                self._all_reduce(flat)
                 parts = flat.split([gradient.numel() for gradient in bucket])
                 for gradient, part in zip(bucket, parts, strict=True):
                     gradient.copy_(part.view_as(gradient))
@@ -106,7 +123,7 @@ class Processes:
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the processes, in place."""
         if self.world > 1:
-            dist.all_reduce(values)
+            self._all_reduce(values)
         return values
 
     def largest(self, value: int) -> int:
@@ -114,7 +131,7 @@ class Processes:
         if self.world == 1:
             return value
         found = torch.tensor(value, dtype=torch.int64, device=self._device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
+        self._all_reduce(found, largest=True)
         return int(found)
 
     def first(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -122,14 +139,31 @@ class Processes:
         if self.world == 1 or not values:
             return dict(values)
         found = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
-        dist.broadcast(found, 0)
+        self._broadcast(found)
         return dict(zip(values, found.tolist(), strict=True))
 
     def equalise(self, tensors: Iterable[Tensor]) -> None:
         """Gives all processes the first one's numbers."""
         if self.world > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                self._broadcast(tensor)
+
+    def _all_reduce(self, values: Tensor, *, largest: bool = False) -> None:
+        with self._named():
+            dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+
+    def _broadcast(self, values: Tensor) -> None:
+        with self._named():
+            dist.broadcast(values, 0)
+
+    def _named(self) -> AbstractContextManager[None]:
+        from potstill.parallel import faults
+
+        what_next = (
+            "This process ends; start all again, as torchrun --max-restarts does, and the run goes on from its "
+            f"checkpoint. Where a process may be as slow as that, set {faults.VARIABLE} to more seconds"
+        )
+        return faults.named(self._where, what_next, self._leaving)
 
 
 def _leave() -> None:

@@ -49,12 +49,13 @@ class Kernel:
     """A fast implementation for one device type.
 
     ``dtypes`` are the dtypes of the op's first tensor it accepts; other inputs take the reference. ``needs`` is a
-    package without which it takes the reference for all.
+    package without which it takes the reference for all. ``note`` says what else depends on this machine, if anything.
     """
 
     function: Callable[..., Any]
     dtypes: frozenset[torch.dtype]
     needs: str | None = None
+    note: Callable[[], str] | None = None
 
 
 @cache
@@ -91,6 +92,8 @@ class Op:
     - ``cost``: arguments -> :class:`Cost`.
     - ``run``: what a benchmark times for given arguments; the call itself unless the op is timed with its gradient.
     - ``rivals``: arguments -> name -> callable: what a user would call instead; ``"torch eager"`` comes first.
+    - ``lay_out``: arguments, type of a device -> the same with weights in the layout of its kernels, where layouts
+      differ.
 
     >>> from potstill.ops import OPS
     >>> sorted(OPS)
@@ -111,6 +114,7 @@ class Op:
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
     run: Callable[..., Callable[[], Any]] | None = None
+    lay_out: Callable[[dict[str, Any], str], dict[str, Any]] | None = None
     _call: Any = field(init=False, repr=False)
     _with_gradient: Callable[..., Any] = field(init=False, repr=False)
     _defaults: tuple[tuple[str, Any], ...] = field(init=False, repr=False)  # name and value of every argument
@@ -163,7 +167,8 @@ class Op:
             names = ", ".join(sorted(str(d).removeprefix("torch.") for d in kernel.dtypes))
             given = str(dtype).removeprefix("torch.")
             return "reference", f"the {device} kernel takes {names}; {given} is computed by plain torch"
-        return "kernel", f"the {device} kernel takes {str(dtype).removeprefix('torch.')}"
+        note = kernel.note() if kernel.note is not None else ""
+        return "kernel", f"the {device} kernel takes {str(dtype).removeprefix('torch.')}" + (note and f"; {note}")
 
     def _with_fallback(self, kernel: Kernel) -> Callable[..., Any]:
         function, dtypes, reference = kernel.function, kernel.dtypes, self.reference
@@ -172,6 +177,11 @@ class Op:
             return (function if first.dtype in dtypes else reference)(first, *args)
 
         return dispatch
+
+    def on(self, arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """The arguments on a device, weights laid out as its kernels take them."""
+        moved = {n: value.to(device) if isinstance(value, torch.Tensor) else value for n, value in arguments.items()}
+        return moved if self.lay_out is None else self.lay_out(moved, device.type)
 
     def positional(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """All arguments in the schema's order, defaults filled in; raises :class:`TypeError` for wrong ones."""
