@@ -16,7 +16,7 @@ from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 103: 232448, 120: 101376}  # bytes a program may have
+SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}  # bytes a program may have
 
 Launch = tuple[Any, dict[str, Any]]  # a kernel and its arguments by name
 

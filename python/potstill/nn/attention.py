@@ -252,8 +252,9 @@ def _int8(weight: Tensor, bias: Tensor | None) -> Int8Linear:
 
 def _part(linear: Int8Linear, x: Tensor, first: int, last: int) -> Tensor:
     """The outputs from ``first`` up to ``last``, computed from the panels of packed weights that hold them."""
-    low, high = first // PANEL, -(-last // PANEL)
-    outputs = slice(low * PANEL, high * PANEL)
+    step = PANEL if linear.weight.dim() == 3 else 1  # rows, as on GPUs, are single outputs
+    low, high = first // step, -(-last // step)
+    outputs = slice(low * step, high * step)
     bias = None if linear.bias is None else linear.bias[outputs]
     y: Tensor = int8_linear(x, linear.weight[low:high], linear.scale[outputs], bias)
     return y[..., first - outputs.start : last - outputs.start]

@@ -16,11 +16,11 @@ class Int8Embedding(nn.Module):
     """An embedding with int8 rows, each with a scale of its own; see :data:`ops.int8_embedding`.
 
     Indices [...] of int64 or int32, output [..., embedding_dim] of the dtype that the embedding had, or that ``.to()``
-    gave the layer since. Float32 and bfloat16 on the CPU run compiled kernels. The table is a quarter of its float32
-    form, and frozen; ``padding_idx`` is kept for :meth:`to_float`. ``state_dict`` holds ``weight`` as [num_embeddings,
-    embedding_dim] int8 and ``scale`` as [num_embeddings] float32.
+    gave the layer since. Float32 and bfloat16 run compiled kernels, on GPUs float16 too. The table is a quarter of its
+    float32 form, and frozen; ``padding_idx`` is kept for :meth:`to_float`. ``state_dict`` holds ``weight`` as
+    [num_embeddings, embedding_dim] int8 and ``scale`` as [num_embeddings] float32.
 
-    Raises :class:`ValueError` for an index that names no row.
+    Raises :class:`ValueError` for an index that names no row; on a GPU its output is NaN.
 
     >>> embedding = nn.Embedding(100, 64)
     >>> small = Int8Embedding.from_float(embedding)

@@ -10,18 +10,28 @@ from torch import Tensor, nn
 
 from potstill.nn.quantized import QuantizedLinear
 from potstill.ops.activation import check_activation
-from potstill.ops.int8_linear import MAX_FEATURES, int8_linear, pack, quantize_weight, unpack
+from potstill.ops.int8_linear import (
+    MAX_FEATURES,
+    ROW_DEVICES,
+    as_rows,
+    int8_linear,
+    integers,
+    laid_out,
+    pack,
+    quantize_weight,
+)
 
 
 class Int8Linear(QuantizedLinear):
     """A linear layer with int8 weights whose input is quantised per row on the fly; see :data:`ops.int8_linear`.
 
     Input [..., in_features] of any float dtype, output [..., out_features] of the same dtype (under autocast: of the
-    autocast dtype). Float32 and bfloat16 on the CPU run compiled kernels; an ``activation`` ("relu", "gelu",
+    autocast dtype). Float32 and bfloat16, and on GPUs float16, run compiled kernels; an ``activation`` ("relu", "gelu",
     "gelu_tanh" or "silu") is applied before the outputs leave the registers. Gradients flow to the input; the layer
     itself is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds ``weight`` as [out_features,
-    in_features] int8 and ``scale`` as [out_features] float32; in memory the weight is kept only once, in the kernels'
-    packed layout. With ``smooth`` there is a ``factor`` too, [in_features] float32, by which inputs are multiplied.
+    in_features] int8 and ``scale`` as [out_features] float32; in memory the weight is kept only once, in the layout
+    that the kernels of its device take. With ``smooth`` there is a ``factor`` too, [in_features] float32, by which
+    inputs are multiplied.
 
     Raises :class:`ValueError` when the input's last dimension is not ``in_features``, or ``in_features`` is above
     :data:`ops.int8_linear.MAX_FEATURES`.
@@ -58,7 +68,7 @@ class Int8Linear(QuantizedLinear):
         self.out_features = out_features
         self.activation = activation
         zeros = torch.zeros(out_features, in_features, dtype=torch.int8)
-        self.weight = nn.Parameter(pack(zeros), requires_grad=False)
+        self.weight = nn.Parameter(_of_device(zeros), requires_grad=False)
         self.register_buffer("scale", torch.ones(out_features))
         self.register_buffer("factor", torch.ones(in_features) if smooth else None)
         zero_bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
@@ -101,7 +111,8 @@ class Int8Linear(QuantizedLinear):
             )
         with torch.device(integers.device):
             layer = cls(integers.shape[1], integers.shape[0], bias=False, activation=activation)
-        layer.weight.data, layer.scale, layer.factor = pack(integers), scale, factor
+        layer.weight.data = _of_device(integers)
+        layer.scale, layer.factor = scale, factor
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return layer
@@ -123,7 +134,7 @@ class Int8Linear(QuantizedLinear):
 
     def int8_weight(self) -> Tensor:
         """The integers as [out_features, in_features]."""
-        return unpack(self.weight, self.out_features, self.in_features)
+        return integers(self.weight.detach(), self.out_features, self.in_features)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[..., in_features] -> [..., out_features], plus ``residual`` of that shape if it is given."""
@@ -143,6 +154,12 @@ class Int8Linear(QuantizedLinear):
     def extra_repr(self) -> str:
         """Sizes, as ``nn.Linear`` prints them, and what is not as usual."""
         return super().extra_repr().replace(", activation='none'", "").replace(", smooth=False", "")
+
+    def _lay_out(self) -> None:
+        weight = self.weight
+        laid = laid_out(weight.detach(), self.out_features, self.in_features, weight.device.type)
+        if laid.dim() != weight.dim():
+            weight.data = laid
 
     @classmethod
     def wrong_values(cls, state: Mapping[str, Tensor], prefix: str) -> str:
@@ -174,4 +191,12 @@ class Int8Linear(QuantizedLinear):
         if bool((weight == -128).any()):
             errors.append(f"{key} has the value -128; int8 weights lie in [-127, 127]")
             return None
-        return super()._load_from_state_dict({**state_dict, key: pack(weight)}, prefix, *args)
+        laid = as_rows(weight) if self.weight.dim() == 2 else pack(weight)
+        super()._load_from_state_dict({**state_dict, key: laid}, prefix, *args)
+        self._lay_out()  # with assign=True it may have come to a device that takes another layout
+        return None
+
+
+def _of_device(weight: Tensor) -> Tensor:
+    """Integers [out_features, in_features] in the layout that the kernels of their device take."""
+    return as_rows(weight) if weight.device.type in ROW_DEVICES else pack(weight)

@@ -55,4 +55,8 @@ class QuantizedLinear(nn.Module, ABC):
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        self._lay_out()
         return self
+
+    def _lay_out(self) -> None:
+        """Brings the weight into the layout that the kernels of its device take, where these differ."""

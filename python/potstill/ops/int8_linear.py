@@ -15,7 +15,7 @@ from torch import Tensor
 
 from potstill import _C
 from potstill.ops.activation import ACTIVATIONS, activation_gradient, check_activation
-from potstill.ops.op import Cost, Kernel, Op, Sample
+from potstill.ops.op import Cost, Kernel, Op, Sample, gpu_function
 
 PANEL = 16
 """Outputs in one panel of packed weights."""
@@ -23,6 +23,13 @@ PANEL = 16
 MAX_FEATURES = (2**31 - 1) // 127**2
 """Inputs of a layer whose integer sums fit 32 bits whatever its weights: 133,144."""
 
+ROW_DEVICES = frozenset({"cuda"})
+"""Types of the devices whose kernels take a weight as :func:`as_rows` lays it out; all others take it packed."""
+
+ALIGNED = 16
+"""Inputs whose multiple a row of a weight has on GPUs."""
+
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 _SMALLEST_ROW = 2.0**-100  # a row whose values are all smaller counts as zero; keeps 127 / max finite
 
 
@@ -44,7 +51,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(weight: Tensor) -> Tensor:
-    """Reorders int8 weights [n, k] into the layout that the kernels stream: [ceil(n/16), ceil(k/4) + 1, 64] int8.
+    """Reorders int8 weights [n, k] into the layout that CPU kernels stream: [ceil(n/16), ceil(k/4) + 1, 64] int8.
 
     A panel holds 16 outputs: per group of 4 inputs 16 x 4 bytes, then the outputs' weight sums as 16 int32. Rows and
     columns beyond n and k are zero. It is the same for every instruction set. Undone by :func:`unpack`.
@@ -68,6 +75,34 @@ def unpack(packed: Tensor, n: int, k: int) -> Tensor:
     return rows[:n, :k].contiguous()
 
 
+def as_rows(weight: Tensor) -> Tensor:
+    """A copy of int8 weights [n, k] in the layout of GPUs: [n, k rounded up to 16], where the rest is 0.
+
+    So every row begins at an address from which 16 bytes can be loaded at once. Undone by :func:`integers`.
+    """
+    return F.pad(weight, (0, -weight.shape[1] % ALIGNED))
+
+
+def integers(weight: Tensor, n: int, k: int) -> Tensor:
+    """The int8 weights [n, k] of ``weight``, which :func:`pack` or :func:`as_rows` has laid out."""
+    return unpack(weight, n, k) if weight.dim() == 3 else weight[:, :k]
+
+
+def laid_out(weight: Tensor, n: int, k: int, device_type: str) -> Tensor:
+    """``weight``, in either layout, in the one that the kernels of ``device_type`` take.
+
+    It stays on its device; one that is laid out so already is returned itself.
+
+    >>> w = torch.randint(-127, 128, (20, 7), dtype=torch.int8)
+    >>> rows = laid_out(pack(w), 20, 7, "cuda")
+    >>> rows.shape, laid_out(rows, 20, 7, "cuda") is rows, laid_out(rows, 20, 7, "cpu").equal(pack(w))
+    (torch.Size([20, 16]), True, True)
+    """
+    if device_type in ROW_DEVICES:
+        return as_rows(integers(weight, n, k)) if weight.dim() == 3 else weight
+    return pack(integers(weight, n, k)) if weight.dim() == 2 else weight
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds each row of ``x`` [m, k] to integers in [-127, 127]; returns them as float64 and the fp32 scales [m, 1].
 
@@ -80,9 +115,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     inverse = torch.where(
         used, torch.full_like(largest, 127.0) / largest, torch.zeros_like(largest)
     )  # not 127 * (1 / x)
-    integers = torch.where(used, torch.round(rows * inverse), torch.zeros_like(rows)).to(torch.float64)
+    rounded = torch.where(used, torch.round(rows * inverse), torch.zeros_like(rows)).to(torch.float64)
     scale = torch.where(used, largest / 127.0, torch.zeros_like(largest))
-    return integers, torch.where(finite, scale, torch.full_like(scale, torch.nan))
+    return rounded, torch.where(finite, scale, torch.full_like(scale, torch.nan))
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, activation: str, residual: Tensor | None) -> None:
@@ -93,15 +128,16 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, activation: str, residual: 
             f"int8_linear: residual is {residual.dtype} {list(residual.shape)}, expected the output's {x.dtype} "
             f"{[*x.shape[:-1], n]}"
         )
-    expected = (-(-n // PANEL), -(-k // 4) + 1, 4 * PANEL)
+    packed = (-(-n // PANEL), -(-k // 4) + 1, 4 * PANEL)
     if k > MAX_FEATURES:
         raise ValueError(
             f"int8_linear: x has {k} features; sums of int8 products are exact up to {MAX_FEATURES}; split the layer"
         )
-    if tuple(weight.shape) != expected:
+    rows = (n, -(-k // ALIGNED) * ALIGNED)
+    if tuple(weight.shape) not in (packed, rows):
         raise ValueError(
-            f"int8_linear: packed weight has shape {list(weight.shape)}, but {n} scales and x with {k} features need "
-            f"{list(expected)}; pack([out_features, in_features]) makes it"
+            f"int8_linear: weight has shape {list(weight.shape)}, but {n} scales and x with {k} features need "
+            f"{list(packed)}, which pack([out_features, in_features]) makes, or on a GPU {list(rows)} by as_rows()"
         )
 
 
@@ -117,8 +153,8 @@ def _reference(
     _check(x, weight, scale, activation, residual)
     n, k = scale.numel(), x.shape[-1]
     rows = x.reshape(-1, k)
-    integers, x_scale = quantize_rows(rows if factor is None else rows.to(torch.float32) * factor)
-    sums = integers @ unpack(weight, n, k).to(torch.float64).t()  # exact: |sums| < 2^53
+    rounded, x_scale = quantize_rows(rows if factor is None else rows.to(torch.float32) * factor)
+    sums = rounded @ integers(weight, n, k).to(torch.float64).t()  # exact: |sums| < 2^53
     wide = torch.promote_types(x.dtype, torch.float32)
     y = sums.to(wide) * (x_scale * scale).to(wide)
     if bias is not None:
@@ -142,6 +178,11 @@ def _cpu(
     factor: Tensor | None = None,
 ) -> Tensor:
     n = scale.shape[0]
+    if weight.dim() == 2:
+        raise ValueError(
+            f"int8_linear: weight has the layout of GPUs, {list(weight.shape)}, but x is on the CPU, whose kernels "
+            "take it packed; laid_out(weight, n, k, 'cpu') does that, and Int8Linear.to(device) by itself"
+        )
     if residual is not None:
         _check(x, weight, scale, activation, residual)
         residual = residual.reshape(-1, n).contiguous()
@@ -154,6 +195,38 @@ def _cpu(
     x = x.reshape(rows, x.shape[-1]).contiguous()
     _C.int8_linear(x, weight, scale, bias, activation, residual, factor, y.view(rows, n))
     return y
+
+
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    launch = gpu_function("int8_linear", "launch")
+    if launch is None:
+        return _reference(x, weight, scale, bias, activation, residual, factor)
+    _check(x, weight, scale, activation, residual)
+    if weight.dim() == 3:
+        raise ValueError(
+            f"int8_linear: weight is packed, {list(weight.shape)}, as CPU kernels take it, but x is on a GPU; "
+            "laid_out(weight, n, k, 'cuda') changes that, and Int8Linear.to(device) by itself"
+        )
+    y: Tensor = launch(x, weight, scale, bias, activation, residual, factor)
+    return y
+
+
+def _lay_out(arguments: dict[str, Any], device_type: str) -> dict[str, Any]:
+    n, k = arguments["scale"].numel(), arguments["x"].shape[-1]
+    return arguments | {"weight": laid_out(arguments["weight"], n, k, device_type)}
+
+
+def _note() -> str:
+    told = gpu_function("tiles", "told")
+    return "" if told is None else str(told())
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -188,7 +261,7 @@ def straight_through(
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return straight_through(ctx, grad, int8_linear, unpack)
+    return straight_through(ctx, grad, int8_linear, integers)
 
 
 def _arguments(
@@ -202,13 +275,13 @@ def _arguments(
     factor: bool = False,
 ) -> dict[str, Any]:
     random = torch.Generator().manual_seed(shape[-1] * 7919 + n)
-    integers = torch.randint(-127, 128, (n, shape[-1]), generator=random, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (n, shape[-1]), generator=random, dtype=torch.int8)
     x = torch.randn(shape, generator=random)
     for row, value in enumerate(special):  # one in each of the first rows
         x.view(-1, shape[-1])[row, shape[-1] // 2] = value
     return {
         "x": x.to(dtype),
-        "weight": pack(integers),
+        "weight": pack(weight),
         "scale": torch.rand(n, generator=random) * 0.01 + 1e-4,
         "bias": torch.randn(n, generator=random).to(dtype) if bias else None,
         "activation": activation,
@@ -265,7 +338,7 @@ def _rivals(
 
     n, k = scale.numel(), x.shape[-1]
     linear = torch.nn.Linear(k, n, bias=bias is not None).requires_grad_(False)
-    linear.weight.copy_(unpack(weight, n, k).float() * scale[:, None])
+    linear.weight.copy_(integers(weight, n, k).float() * scale[:, None])
     if bias is not None:
         linear.bias.copy_(bias)
     return {"torch eager": lambda: linear(x)} | quantize_dynamic(linear, x)
@@ -276,7 +349,11 @@ int8_linear = Op(
     "Tensor? residual=None, Tensor? factor=None) -> Tensor",
     reference=_reference,
     fake=fake,
-    kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
+    kernels={
+        "cpu": Kernel(_cpu, _KERNEL_DTYPES),
+        "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton", _note),
+    },
+    lay_out=_lay_out,
     autocast=True,
     differentiable=(0, 3, 5),
     setup_context=setup_context,
@@ -288,8 +365,9 @@ int8_linear = Op(
 )
 """``y = activation(x @ (weight * scale[:, None]).t() + bias) + residual`` with x quantised per row to int8.
 
-- ``x``: [..., in_features], float32 or bfloat16 for the kernel (any float dtype for the reference).
-- ``weight``: int8 weights in [-127, 127], packed by :func:`pack`.
+- ``x``: [..., in_features], float32 or bfloat16 for the kernels, on GPUs float16, too (any float dtype for the
+  reference).
+- ``weight``: int8 weights in [-127, 127], on the CPU as :func:`pack`, on GPUs as :func:`as_rows` lays them out.
 - ``scale``: [out_features] float32; ``bias``: [out_features] or None.
 - ``activation``: "none", "relu", "gelu", "gelu_tanh" or "silu", as in torch, applied while the sums are in registers.
   Largest errors against float64, as a share of max(1, |x|): gelu 9e-7, gelu_tanh and silu 4e-7.
