@@ -21,7 +21,7 @@ from potstill.ops import top_k
 from potstill.ops.divergence import DIVERGENCES
 from potstill.ops.kd_loss import Options, row_gradients, row_losses
 from potstill.ops.topk import REST
-from potstill.parallel import VocabShards, vocab_parallel_kd_loss, vocab_parallel_linear_kd_loss
+from potstill.parallel import VocabShards, vocab_parallel_kd_loss, vocab_parallel_linear_kd_loss, vocab_parallel_top_k
 from potstill.parallel import kd_loss as module
 from potstill.parallel import rows as rows_module
 from potstill.parallel.shards import layout
@@ -335,3 +335,19 @@ def test_the_measure_of_errors_is_not_blind() -> None:
     assert runs.error(nan, one, torch.tensor(1.0)) == math.inf
     assert runs.error(one, torch.tensor([1.0, math.inf]), torch.tensor(1.0)) == math.inf
     assert runs.error(one, torch.tensor([1.0, 2.5]), torch.tensor(2.0)) == 0.25
+
+
+@pytest.mark.parametrize("name", runs.TOP)
+def test_top_k_is_that_of_whole_logits(name: str, results: Results) -> None:
+    _, k = runs.TOP[name]
+    log_probs, indices = top_k(runs.top_logits().double(), k, 2.0)
+    for rank in results:
+        found = rank[f"top {name}"]
+        torch.testing.assert_close(torch.tensor(found["probs"]), log_probs.exp().float(), rtol=3e-6, atol=0.0)
+        possible = log_probs > -torch.inf
+        assert torch.equal(torch.tensor(found["indices"])[possible], indices[possible])
+
+
+def test_top_k_of_too_few_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match="k is 4; expected 1 to 3"):
+        vocab_parallel_top_k(torch.zeros(2, 3), 4)

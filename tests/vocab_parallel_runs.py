@@ -20,7 +20,12 @@ from potstill.ops import kd_loss, top_k
 from potstill.ops.divergence import DIVERGENCES
 from potstill.ops.kd_loss import Options, divisor, row_losses
 from potstill.ops.topk import REST
-from potstill.parallel import VocabShards, vocab_parallel_kd_loss, vocab_parallel_linear_kd_loss
+from potstill.parallel import (
+    VocabShards,
+    vocab_parallel_kd_loss,
+    vocab_parallel_linear_kd_loss,
+    vocab_parallel_top_k,
+)
 
 CLASSES, ROWS = 50, 12
 EVEN, UNEVEN, NONE_FIRST, NONE_LAST = (25, 25), (13, 37), (0, 50), (50, 0)
@@ -372,6 +377,24 @@ class Counter:
         return counted
 
 
+TOP = {"even": (EVEN, 7), "uneven": (UNEVEN, 20), "none first": (NONE_FIRST, 5), "all": (UNEVEN, CLASSES)}
+
+
+def top_logits() -> Tensor:
+    """With rows whose likeliest classes are all on one rank, and masked ones."""
+    logits = torch.randn(3, 4, CLASSES, generator=torch.Generator().manual_seed(3)) * 3
+    logits[0, :2, :13] += 30.0
+    logits[1, :2, 13:] += 30.0
+    logits[2, 0, ::3] = -math.inf
+    return logits
+
+
+def run_top_k(sizes: tuple[int, int], k: int, rank: int) -> dict[str, Any]:
+    """Probabilities and classes, at temperature 2."""
+    log_probs, indices = vocab_parallel_top_k(split(top_logits(), sizes, rank), k, 2.0)
+    return {"probs": log_probs.exp().tolist(), "indices": indices.tolist()}
+
+
 def _outcome(run: Callable[[], object]) -> object:
     try:
         return run()
@@ -389,6 +412,7 @@ def main(rank: int, meeting: str, results: str) -> None:
     found = {name: _outcome(run) for name, run in failures(rank).items()}
     found |= {name: _outcome(lambda case=case: run_case(case, rank)) for name, case in cases().items()}
     found |= {name: _outcome(lambda case=case: run_linear_case(case, rank)) for name, case in linear_cases().items()}
+    found |= {f"top {name}": _outcome(lambda case=case: run_top_k(*case, rank)) for name, case in TOP.items()}
     with open(results, "w") as file:
         json.dump(found, file)
     dist.destroy_process_group()

@@ -1,7 +1,9 @@
-"""Losses of models that are split over processes."""
+"""Models that are spread over processes, and losses of models that are split."""
 
 from potstill.parallel.kd_loss import vocab_parallel_kd_loss
 from potstill.parallel.linear_kd_loss import vocab_parallel_linear_kd_loss
+from potstill.parallel.plan import Plan
 from potstill.parallel.shards import VocabShards
+from potstill.parallel.top_k import vocab_parallel_top_k
 
-__all__ = ["VocabShards", "vocab_parallel_kd_loss", "vocab_parallel_linear_kd_loss"]
+__all__ = ["Plan", "VocabShards", "vocab_parallel_kd_loss", "vocab_parallel_linear_kd_loss", "vocab_parallel_top_k"]
