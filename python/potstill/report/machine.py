@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
         "isa": _C.isa(),
         "isas": list(_C.isas()),
         "threads": torch.get_num_threads(),
-        "openmp": openmp_runtimes(),
+        "openmp": [Path(path).name for path in openmp_runtimes()],
         "huge_pages": _huge_pages(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
