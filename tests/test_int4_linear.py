@@ -16,15 +16,8 @@ from potstill import _C
 from potstill.errors import CheckpointError
 from potstill.nn import Int4Linear
 from potstill.ops import int4_linear
-from potstill.ops.int4_linear import (
-    GROUP_SIZES,
-    dequantize_groups,
-    pack,
-    pack_scales,
-    quantize_groups,
-    unpack,
-    unpack_scales,
-)
+from potstill.ops.int4_layout import pack, pack_scales, unpack, unpack_scales
+from potstill.ops.int4_linear import GROUP_SIZES, dequantize_groups, quantize_groups
 from potstill.transform.swap import replace
 
 

@@ -10,16 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from potstill.nn.quantized import QuantizedLinear
-from potstill.ops.int4_linear import (
-    check_group_size,
-    dequantize_groups,
-    int4_linear,
-    pack,
-    pack_scales,
-    quantize_groups,
-    unpack,
-    unpack_scales,
-)
+from potstill.ops.int4_layout import by_output, integers, laid_out, pack, pack_rows, pack_scales, scales_laid_out
+from potstill.ops.int4_linear import check_group_size, dequantize_groups, int4_linear, quantize_groups
+from potstill.ops.int8_linear import ROW_DEVICES
+
+_PACKED = pack, pack_scales  # what lays out integers, and scales or zero points
+_ROWS = pack_rows, Tensor.contiguous
 
 
 class Int4Linear(QuantizedLinear):
@@ -27,10 +23,11 @@ class Int4Linear(QuantizedLinear):
 
     Each ``group_size`` (32, 64 or 128) inputs of an output share a bfloat16 scale, and a zero point unless
     ``symmetric``. Input [..., in_features] of any float dtype, output [..., out_features] of the same dtype (under
-    autocast: of the autocast dtype). Float32 and bfloat16 on the CPU run compiled kernels. Gradients flow to the input;
-    the layer itself is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds ``weight`` as
-    [out_features, ceil(in_features / 2)] uint8, the first input of a pair in the low half, and ``scale`` and ``zero``
-    (if there is one) as [out_features, groups]; in memory all are kept only once, in the kernels' packed layout.
+    autocast: of the autocast dtype). Float32 and bfloat16, and on GPUs float16, run compiled kernels. Gradients flow to
+    the input; the layer itself is frozen (``layer.bias.requires_grad_()`` thaws the bias). ``state_dict`` holds
+    ``weight`` as [out_features, ceil(in_features / 2)] uint8, the first input of a pair in the low half, and ``scale``
+    and ``zero`` (if there is one) as [out_features, groups]; in memory all are kept only once, in the layout that the
+    kernels of their device take.
 
     Raises :class:`ValueError` for another group size, and when the input's last dimension is not ``in_features``.
 
@@ -60,10 +57,11 @@ class Int4Linear(QuantizedLinear):
         self.group_size = group_size
         self.symmetric = symmetric
         middle = torch.full((out_features, in_features), 8, dtype=torch.uint8)
-        self.weight = nn.Parameter(pack(middle), requires_grad=False)
+        lay, lay_scales = _ROWS if middle.device.type in ROW_DEVICES else _PACKED
+        self.weight = nn.Parameter(lay(middle), requires_grad=False)
         groups = torch.ones(out_features, -(-in_features // group_size))
-        self.register_buffer("scale", pack_scales(groups.to(torch.bfloat16)))
-        self.register_buffer("zero", None if symmetric else pack_scales((8 * groups).to(torch.uint8)))
+        self.register_buffer("scale", lay_scales(groups.to(torch.bfloat16)))
+        self.register_buffer("zero", None if symmetric else lay_scales((8 * groups).to(torch.uint8)))
         zero_bias = nn.Parameter(torch.zeros(out_features), requires_grad=False) if bias else None
         self.register_parameter("bias", zero_bias)  # also when it is None
 
@@ -90,13 +88,14 @@ class Int4Linear(QuantizedLinear):
     def int4_weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Integers in 0..15, scales and zero points, as :func:`ops.int4_linear.quantize_groups` returns them."""
         n = self.out_features
-        zero = None if self.zero is None else unpack_scales(self.zero, n)
-        return unpack(self.weight, n, self.in_features), unpack_scales(self.scale, n), zero
+        zero = None if self.zero is None else by_output(self.zero, n)
+        return integers(self.weight.detach(), n, self.in_features), by_output(self.scale, n), zero
 
     def set_weight(self, integers: Tensor, scale: Tensor, zero: Tensor | None) -> None:
         """Takes what :func:`ops.int4_linear.quantize_groups`, or a better rounding, made of a weight."""
-        self.weight.data, self.scale = pack(integers), pack_scales(scale)
-        self.zero = None if zero is None else pack_scales(zero)
+        lay, lay_scales = _ROWS if integers.device.type in ROW_DEVICES else _PACKED
+        self.weight.data, self.scale = lay(integers), lay_scales(scale)
+        self.zero = None if zero is None else lay_scales(zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -116,6 +115,14 @@ class Int4Linear(QuantizedLinear):
             buffers["zero"],
             parameters["bias"],
         )
+
+    def _lay_out(self) -> None:
+        n, device = self.out_features, self.weight.device.type
+        laid = laid_out(self.weight.detach(), n, self.in_features, device)
+        if laid.dim() != self.weight.dim():
+            self.weight.data = laid
+            self.scale = scales_laid_out(self.scale, n, device)
+            self.zero = None if self.zero is None else scales_laid_out(self.zero, n, device)
 
     @classmethod
     def wrong_values(cls, state: Mapping[str, Tensor], prefix: str) -> str:
@@ -154,10 +161,12 @@ class Int4Linear(QuantizedLinear):
         if wrong:
             errors.extend(wrong)
             return
-        packed = {prefix + name: pack_scales(t) for name, t in given.items() if name != "weight"}
+        lay, lay_scales = _ROWS if self.weight.dim() == 2 else _PACKED
+        laid = {prefix + name: lay_scales(t) for name, t in given.items() if name != "weight"}
         if "weight" in given:
-            packed[prefix + "weight"] = pack(_integers(given["weight"], self.in_features))
-        super()._load_from_state_dict({**state_dict, **packed}, prefix, *args)
+            laid[prefix + "weight"] = lay(_integers(given["weight"], self.in_features))
+        super()._load_from_state_dict({**state_dict, **laid}, prefix, *args)
+        self._lay_out()  # with assign=True it may have come to a device that takes another layout
 
 
 def _pairs(integers: Tensor) -> Tensor:

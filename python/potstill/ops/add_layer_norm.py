@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill import _C
-from potstill.ops.op import Cost, Kernel, Op, Sample
+from potstill.ops.op import Cost, Kernel, Op, Sample, gpu_function
+
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 
 
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -54,6 +56,13 @@ def _cpu(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor
     x = x.contiguous()
     y = torch.empty_like(x)
     _C.add_layer_norm(x, None if residual is None else residual.contiguous(), weight, bias, eps, y)
+    return y
+
+
+def _cuda(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    _check(x, residual, weight, bias)
+    launch = gpu_function("add_layer_norm", "launch")
+    y: Tensor = (_reference if launch is None else launch)(x, residual, weight, bias, eps)
     return y
 
 
@@ -146,7 +155,7 @@ add_layer_norm = Op(
     "add_layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     reference=_reference,
     fake=_fake,
-    kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
+    kernels={"cpu": Kernel(_cpu, _KERNEL_DTYPES), "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton")},
     differentiable=(0, 1, 2, 3),
     setup_context=_setup_context,
     backward=_backward,
@@ -157,9 +166,9 @@ add_layer_norm = Op(
 )
 """``F.layer_norm(x + residual, x.shape[-1:], weight, bias, eps)`` in one pass, without a temporary.
 
-- ``x``: [..., features], float32 or bfloat16 for the kernel (any float dtype for the reference).
+- ``x``: [..., features], float32 or bfloat16 for the kernels, on GPUs float16 too (any float dtype for the reference).
 - ``residual``: of x's shape and dtype, or None.
-- ``weight``, ``bias``: [features], float32 or bfloat16 whatever x is, or None.
+- ``weight``, ``bias``: [features], float32 or bfloat16 (on GPUs float16 too) whatever x is, or None.
 
 Returns x's shape and dtype. Sums and statistics are float32 and ``x + residual`` is not rounded to bfloat16. A row with
 a NaN or an infinity gives a row of NaN. Raises :class:`ValueError` for shapes or dtypes that do not agree. All four

@@ -6,6 +6,7 @@ Weights have a scale, and where asymmetric a zero point, per output and group of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,15 +15,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill import _C
+from potstill.ops.int4_layout import (
+    BLOCK,
+    ROW_BLOCK,
+    by_output,
+    integers,
+    laid_out,
+    pack,
+    pack_scales,
+    scales_laid_out,
+)
 from potstill.ops.int8_linear import PANEL, quantize_rows
-from potstill.ops.op import Cost, Kernel, Op, Sample
+from potstill.ops.op import Cost, Kernel, Op, Sample, gpu_function
 
 GROUP_SIZES = (32, 64, 128)
 """How many inputs may share a scale."""
 
-BLOCK = 32
-"""Inputs in one block of packed weights."""
-
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
 _MIDDLE = 8  # the zero point of symmetric weights
 _SMALLEST_GROUP = 2.0**-100  # a group whose values are all smaller counts as zero
 
@@ -76,50 +85,6 @@ def dequantize_groups(integers: Tensor, scale: Tensor, zero: Tensor | None, grou
     return (integers.to(torch.float32) - shift) * scale[:, columns].to(torch.float32)
 
 
-def pack(integers: Tensor) -> Tensor:
-    """Reorders integers [n, k] in 0..15 into the layout that the kernels stream: [ceil(n/16), ceil(k/32), 256] uint8.
-
-    A panel holds 16 outputs: per block of 32 inputs four times [16][4] bytes, each for eight inputs. Byte i of an
-    output has input i of the eight in its low half and input i + 4 in its high half. Rows and columns beyond n and k
-    are zero. It is the same for every instruction set. Undone by :func:`unpack`.
-
-    >>> w = torch.randint(0, 16, (20, 7), dtype=torch.uint8)
-    >>> pack(w).shape, torch.equal(unpack(pack(w), 20, 7), w)
-    (torch.Size([2, 1, 256]), True)
-    """
-    n, k = integers.shape
-    panels, blocks = -(-n // PANEL), -(-k // BLOCK)
-    padded = F.pad(integers, (0, blocks * BLOCK - k, 0, panels * PANEL - n))
-    halves = padded.view(panels, PANEL, blocks, 4, 2, 4).permute(0, 2, 3, 4, 1, 5)  # panel block eight half output i
-    return (halves[:, :, :, 0] | halves[:, :, :, 1] << 4).reshape(panels, blocks, BLOCK * PANEL // 2)
-
-
-def unpack(packed: Tensor, n: int, k: int) -> Tensor:
-    """The integers [n, k] that :func:`pack` was given."""
-    panels, blocks, _ = packed.shape
-    bytes_ = packed.view(panels, blocks, 4, PANEL, 4)
-    halves = torch.stack([bytes_ & 15, bytes_ >> 4], dim=4)  # panel block eight output half i
-    return halves.permute(0, 3, 1, 2, 4, 5).reshape(panels * PANEL, blocks * BLOCK)[:n, :k].contiguous()
-
-
-def pack_scales(scale: Tensor) -> Tensor:
-    """Reorders scales or zero points [n, groups] into [ceil(n/16), groups, 16]; undone by :func:`unpack_scales`.
-
-    >>> pack_scales(torch.ones(20, 3)).shape
-    torch.Size([2, 3, 16])
-    """
-    n, groups = scale.shape
-    panels = -(-n // PANEL)
-    padded = F.pad(scale, (0, 0, 0, panels * PANEL - n))
-    return padded.view(panels, PANEL, groups).transpose(1, 2).contiguous()
-
-
-def unpack_scales(packed: Tensor, n: int) -> Tensor:
-    """The scales or zero points [n, groups] that :func:`pack_scales` was given."""
-    panels, groups, _ = packed.shape
-    return packed.transpose(1, 2).reshape(panels * PANEL, groups)[:n].contiguous()
-
-
 def check_group_size(caller: str, group_size: int) -> None:
     """Raises :class:`ValueError` if there is no kernel for ``group_size``."""
     if group_size not in GROUP_SIZES:
@@ -129,13 +94,17 @@ def check_group_size(caller: str, group_size: int) -> None:
 def _check(x: Tensor, weight: Tensor, scale: Tensor, n: int, group_size: int, zero: Tensor | None) -> None:
     check_group_size("int4_linear", group_size)
     k, panels = x.shape[-1], -(-n // PANEL)
-    scales = [panels, -(-k // group_size), PANEL]
-    expected = {"weight": [panels, -(-k // BLOCK), BLOCK * PANEL // 2], "scale": scales, "zero": scales}
-    for name, tensor in (("weight", weight), ("scale", scale), ("zero", zero)):
-        if tensor is not None and list(tensor.shape) != expected[name]:
+    if weight.dim() == 2:
+        scales, makes = [n, -(-k // group_size)], "pack_rows makes the weight, and the others are contiguous"
+        shape = [n, -(-k // ROW_BLOCK) * ROW_BLOCK // 2]
+    else:
+        scales, makes = [panels, -(-k // group_size), PANEL], "pack and pack_scales make it"
+        shape = [panels, -(-k // BLOCK), BLOCK * PANEL // 2]
+    for name, tensor, expected in (("weight", weight, shape), ("scale", scale, scales), ("zero", zero, scales)):
+        if tensor is not None and list(tensor.shape) != expected:
             raise ValueError(
                 f"int4_linear: packed {name} has shape {list(tensor.shape)}, but {n} outputs and x with {k} features "
-                f"in groups of {group_size} need {expected[name]}; pack and pack_scales make it"
+                f"in groups of {group_size} need {expected}; {makes}"
             )
 
 
@@ -151,14 +120,14 @@ def _reference(
     _check(x, weight, scale, out_features, group_size, zero)
     n, k = out_features, x.shape[-1]
     wide = torch.promote_types(x.dtype, torch.float32)
-    integers, x_scale = quantize_rows(x.reshape(-1, k))
-    weights, scales = unpack(weight, n, k).to(torch.float64), unpack_scales(scale, n).to(wide)
-    zeros = None if zero is None else unpack_scales(zero, n).to(torch.float64)
-    y = torch.zeros(integers.shape[0], n, dtype=wide, device=x.device)
+    rounded, x_scale = quantize_rows(x.reshape(math.prod(x.shape[:-1]), k))
+    weights, scales = integers(weight, n, k).to(torch.float64), by_output(scale, n).to(wide)
+    zeros = None if zero is None else by_output(zero, n).to(torch.float64)
+    y = torch.zeros(rounded.shape[0], n, dtype=wide, device=x.device)
     for g, begin in enumerate(range(0, k, group_size)):  # the order of the additions is part of the definition
         shift = _MIDDLE if zeros is None else zeros[:, g : g + 1]
         group = slice(begin, begin + group_size)
-        sums = integers[:, group] @ (weights[:, group] - shift).t()  # exact: |sums| < 2^18
+        sums = rounded[:, group] @ (weights[:, group] - shift).t()  # exact: |sums| < 2^18
         y = y + sums.to(wide) * scales[:, g]
     y = y * x_scale.to(wide)
     if bias is not None:
@@ -180,10 +149,46 @@ def _cpu(
     bias: Tensor | None = None,
 ) -> Tensor:
     n = out_features
+    if weight.dim() == 2:
+        raise ValueError(
+            f"int4_linear: weight has the layout of GPUs, {list(weight.shape)}, but x is on the CPU, whose kernels "
+            "take it packed; laid_out(weight, n, k, 'cpu') does that, and Int4Linear.to(device) by itself"
+        )
     y = x.new_empty((*x.shape[:-1], n))
     rows = x.numel() // x.shape[-1] if x.shape[-1] else y.numel() // max(n, 1)
     _C.int4_linear(x.reshape(rows, x.shape[-1]).contiguous(), weight, scale, zero, bias, y.view(rows, n), n, group_size)
     return y
+
+
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    out_features: int,
+    group_size: int,
+    zero: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    launch = gpu_function("int4_linear", "launch")
+    if launch is None:
+        return _reference(x, weight, scale, out_features, group_size, zero, bias)
+    _check(x, weight, scale, out_features, group_size, zero)
+    if weight.dim() == 3:
+        raise ValueError(
+            f"int4_linear: weight is packed, {list(weight.shape)}, as CPU kernels take it, but x is on a GPU; "
+            "laid_out(weight, n, k, 'cuda') changes that, and Int4Linear.to(device) by itself"
+        )
+    y: Tensor = launch(x, weight, scale, out_features, group_size, zero, bias)
+    return y
+
+
+def _lay_out(arguments: dict[str, Any], device_type: str) -> dict[str, Any]:
+    n, zero = arguments["out_features"], arguments.get("zero")
+    return arguments | {
+        "weight": laid_out(arguments["weight"], n, arguments["x"].shape[-1], device_type),
+        "scale": scales_laid_out(arguments["scale"], n, device_type),
+        "zero": None if zero is None else scales_laid_out(zero, n, device_type),
+    }
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -199,8 +204,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     n = ctx.out_features
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        integers, zeros = unpack(weight, n, ctx.in_features), None if zero is None else unpack_scales(zero, n)
-        values = dequantize_groups(integers, unpack_scales(scale, n), zeros, ctx.group_size)
+        zeros = None if zero is None else by_output(zero, n)
+        values = dequantize_groups(integers(weight, n, ctx.in_features), by_output(scale, n), zeros, ctx.group_size)
         grad_x = (grad @ values.to(grad.dtype)).to(ctx.x_dtype)
     if ctx.needs_input_grad[6]:
         grad_bias = grad.reshape(-1, n).sum(0).to(ctx.bias_dtype)
@@ -278,9 +283,9 @@ def _rivals(
     from potstill.ops.rivals import matmul_nbits
 
     n, k = out_features, x.shape[-1]
-    integers, scales = unpack(weight, n, k), unpack_scales(scale, n)
-    zeros = None if zero is None else unpack_scales(zero, n)
-    values = dequantize_groups(integers, scales, zeros, group_size)
+    numbers, scales = integers(weight, n, k), by_output(scale, n)
+    zeros = None if zero is None else by_output(zero, n)
+    values = dequantize_groups(numbers, scales, zeros, group_size)
     linear = torch.nn.Linear(k, n, bias=bias is not None).requires_grad_(False)
     linear.weight.copy_(values)
     if bias is not None:
@@ -289,7 +294,7 @@ def _rivals(
     return {
         "torch eager": lambda: linear(x),
         "our int8_linear": lambda: int8(x, bytes_, byte_scale, bias),
-    } | matmul_nbits(x, integers, scales, zeros, bias, group_size)
+    } | matmul_nbits(x, numbers, scales, zeros, bias, group_size)
 
 
 def int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,7 +311,7 @@ int4_linear = Op(
     "Tensor? bias=None) -> Tensor",
     reference=_reference,
     fake=_fake,
-    kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
+    kernels={"cpu": Kernel(_cpu, _KERNEL_DTYPES), "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton")},
     autocast=True,
     differentiable=(0, 6),
     setup_context=_setup_context,
@@ -315,18 +320,21 @@ int4_linear = Op(
     tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3},  # one rounding per group, of sums that partly cancel
     cost=_cost,
     rivals=_rivals,
+    lay_out=_lay_out,
 )
 """``y = x @ ((weight - zero) * scale).t() + bias`` with x quantised per row to int8 and 4-bit weights in groups.
 
-- ``x``: [..., in_features], float32 or bfloat16 for the kernel (any float dtype for the reference).
-- ``weight``: integers in 0..15, packed by :func:`pack`.
-- ``scale``: one bfloat16 per output and group of ``group_size`` inputs (32, 64 or 128; the last group may be short),
-  packed by :func:`pack_scales`. ``zero``: likewise, uint8 in 0..15; None stands for 8 everywhere.
+- ``x``: [..., in_features], float32 or bfloat16 for the kernels, on GPUs float16 too (any float dtype for the
+  reference).
+- ``weight``: integers in 0..15, on the CPU packed by :func:`int4_layout.pack`, on GPUs by :func:`int4_layout.pack_rows`.
+- ``scale``: one bfloat16 per output and group of ``group_size`` inputs (32, 64 or 128; the last group may be short), on
+  the CPU packed by :func:`pack_scales`, on GPUs [out_features, groups]. ``zero``: likewise, uint8 in 0..15; None stands
+  for 8 everywhere.
 - ``bias``: [out_features] or None.
 
 Returns [..., out_features] of x's dtype. The sums over a group are exact integers; times their scales they are added in
-float32 in the order of the groups. A row of x with a NaN or an infinity gives a row of NaN. The gradient of x takes the
-rounding as the identity (straight-through); weight, scale and zero get none.
+float32 in the order of the groups (on GPUs in another, always the same). A row of x with a NaN or an infinity gives a
+row of NaN. The gradient of x takes the rounding as the identity (straight-through); weight, scale and zero get none.
 
 >>> integers, scale, _ = quantize_groups(torch.eye(3), 32)
 >>> x = torch.tensor([[1.0, 2.0, 4.0]])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from potstill import _C
-from potstill.ops.op import Cost, Kernel, Op, Sample
+from potstill.ops.op import Cost, Kernel, Op, Sample, gpu_function
 
 _WRITTEN = (torch.float32, torch.bfloat16)  # the dtypes that the kernel writes
 
@@ -27,14 +27,15 @@ def _check(weight: Tensor, scale: Tensor, indices: Tensor) -> None:
 
 def _reference(weight: Tensor, scale: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     _check(weight, scale, indices)
-    outside = indices[(indices < 0) | (indices >= weight.shape[0])]
-    if outside.numel():
+    inside = (indices >= 0) & (indices < weight.shape[0])
+    if indices.device.type == "cpu" and not bool(inside.all()):  # elsewhere looking would wait for the device
         raise ValueError(
-            f"int8_embedding: indices has the value {int(outside[0])}; expected rows of the table, from 0 to "
+            f"int8_embedding: indices has the value {int(indices[~inside][0])}; expected rows of the table, from 0 to "
             f"{weight.shape[0] - 1}"
         )
-    rows = weight[indices.long()].float() * scale.float()[indices.long()].unsqueeze(-1)
-    return rows.to(dtype or torch.float32)
+    known = torch.where(inside, indices, 0).long()
+    factor = torch.where(inside, scale.float()[known], torch.nan)
+    return (weight[known].float() * factor.unsqueeze(-1)).to(dtype or torch.float32)
 
 
 def _fake(weight: Tensor, scale: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -49,6 +50,13 @@ def _cpu(weight: Tensor, scale: Tensor, indices: Tensor, dtype: torch.dtype | No
         indices = indices.long()
     y = weight.new_empty((*indices.shape, weight.shape[-1]), dtype=dtype)
     _C.int8_embedding(weight.contiguous(), scale.float(), indices.contiguous(), y)
+    return y
+
+
+def _cuda(weight: Tensor, scale: Tensor, indices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    _check(weight, scale, indices)
+    launch = gpu_function("int8_embedding", "launch")
+    y: Tensor = (_reference if launch is None else launch)(weight, scale, indices, dtype)
     return y
 
 
@@ -103,7 +111,7 @@ int8_embedding = Op(
     "int8_embedding(Tensor weight, Tensor scale, Tensor indices, ScalarType? dtype=None) -> Tensor",
     reference=_reference,
     fake=_fake,
-    kernels={"cpu": Kernel(_cpu, frozenset({torch.int8}))},
+    kernels={"cpu": Kernel(_cpu, frozenset({torch.int8})), "cuda": Kernel(_cuda, frozenset({torch.int8}), "triton")},
     samples=_samples,
     tolerance={torch.int8: 0.0},
     cost=_cost,
@@ -113,10 +121,12 @@ int8_embedding = Op(
 
 - ``weight``: [num_embeddings, embedding_dim] int8; ``scale``: [num_embeddings] float32.
 - ``indices``: [...], int64 or int32.
-- ``dtype``: of the result, float32 if None; the kernel writes float32 and bfloat16, the reference any float dtype.
+- ``dtype``: of the result, float32 if None; the kernels write float32 and bfloat16, on GPUs float16 too, the reference
+  any float dtype.
 
 Returns [..., embedding_dim]. The products are float32, so that every backend gives the same bits. Raises
-:class:`ValueError` for an index that names no row. There is no gradient: the table is frozen.
+:class:`ValueError` for an index that names no row; on a GPU, where looking would wait for the device, such an index
+gives a row of NaN. There is no gradient: the table is frozen.
 
 >>> weight, scale = torch.tensor([[10, -20], [30, 40]], dtype=torch.int8), torch.tensor([0.5, 0.25])
 >>> int8_embedding(weight, scale, torch.tensor([1, 0, 1]))
