@@ -326,7 +326,7 @@ int4_linear = Op(
 
 - ``x``: [..., in_features], float32 or bfloat16 for the kernels, on GPUs float16 too (any float dtype for the
   reference).
-- ``weight``: integers in 0..15, on the CPU packed by :func:`int4_layout.pack`, on GPUs by :func:`int4_layout.pack_rows`.
+- ``weight``: integers in 0..15, packed by :func:`int4_layout.pack`, on GPUs by :func:`int4_layout.pack_rows`.
 - ``scale``: one bfloat16 per output and group of ``group_size`` inputs (32, 64 or 128; the last group may be short), on
   the CPU packed by :func:`pack_scales`, on GPUs [out_features, groups]. ``zero``: likewise, uint8 in 0..15; None stands
   for 8 everywhere.
