@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from potstill.ops.triton import tiles
+from potstill.ops.triton import operands, tiles
 from potstill.ops.triton.int4_linear_kernel import add_kernel, gemm_kernel, row_kernel
 from potstill.ops.triton.quantize_rows import quantize_rows
 from potstill.ops.triton.tiles import Tile
@@ -80,7 +80,16 @@ def launch(
 ) -> Tensor:
     """The result, as the reference has it; ``weight`` as :func:`potstill.ops.int4_linear.pack_rows` makes it."""
     n, k = out_features, x.shape[-1]
-    _check(x, weight, scale, zero, bias, n)
+    operands.check(
+        "int4_linear",
+        x,
+        {
+            "weight": (weight, torch.uint8, weight.shape),
+            "scale": (scale, torch.bfloat16, scale.shape),
+            "zero": (zero, torch.uint8, scale.shape),
+            "bias": (bias, None, (n,)),
+        },
+    )
     y = x.new_empty((*x.shape[:-1], n))
     m = math.prod(x.shape[:-1])
     if y.numel() > 0:
@@ -139,18 +148,3 @@ def _tile(chip: tiles.Chip, m: int, n: int, group_size: int) -> Tile:
     family, rows = tiles.family(chip.capability), tiles.shape_class(m)
     other = GROUPS_OF_32.get((family, rows)) if group_size == 32 else None
     return other or TABLE[family][rows]
-
-
-def _check(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, n: int) -> None:
-    """What :data:`int4_linear` itself has not looked at, and kernels that see only memory rely on."""
-    expected = {"weight": (weight, torch.uint8), "scale": (scale, torch.bfloat16), "zero": (zero, torch.uint8)}
-    for name, (given, dtype) in (expected | {"bias": (bias, None)}).items():
-        if given is None:
-            continue
-        wrong = not given.is_contiguous() or given.device != x.device or (name == "bias" and given.shape != (n,))
-        if wrong or (given.dtype != dtype if dtype is not None else not given.dtype.is_floating_point):
-            shape = f" [{n}]" if name == "bias" else ""
-            raise ValueError(
-                f"int4_linear: {name} is {given.dtype} {list(given.shape)} on {given.device}, expected contiguous "
-                f"{dtype or 'floats'}{shape} on {x.device}"
-            )

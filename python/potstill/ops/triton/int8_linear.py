@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from potstill.ops.triton import tiles
+from potstill.ops.triton import operands, tiles
 from potstill.ops.triton.int8_linear_kernel import add_kernel, fused_kernel, gemm_kernel
 from potstill.ops.triton.quantize_rows import quantize_rows
 
@@ -33,7 +33,16 @@ def launch(
 ) -> Tensor:
     """The result, as the reference has it; ``weight`` is laid out by :func:`potstill.ops.int8_linear.as_rows`."""
     n, k = weight.shape[0], x.shape[-1]
-    _check(x, weight, scale, bias, factor)
+    operands.check(
+        "int8_linear",
+        x,
+        {
+            "weight": (weight, torch.int8, weight.shape),
+            "scale": (scale, torch.float32, (n,)),
+            "bias": (bias, None, (n,)),
+            "factor": (factor, torch.float32, (k,)),
+        },
+    )
     y = x.new_empty((*x.shape[:-1], n))
     m = math.prod(x.shape[:-1])
     if y.numel() > 0:
@@ -88,23 +97,3 @@ def _run(x: Tensor, factor: Tensor | None, weight: Tensor, ends: dict[str, Any])
         add_kernel[(triton.cdiv(n, ADDED), m)](
             x_scale=x_scale, total=total, parts=parts, BN=ADDED, num_warps=4, **ends | {"PIECE": ADDED}
         )
-
-
-def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, factor: Tensor | None) -> None:
-    """What :data:`int8_linear` itself has not looked at, but kernels that see only memory rely on."""
-    n, k = weight.shape[0], x.shape[-1]
-    expected = {
-        "weight": (weight, torch.int8, weight.shape),
-        "scale": (scale, torch.float32, (n,)),
-        "bias": (bias, None, (n,)),
-        "factor": (factor, torch.float32, (k,)),
-    }
-    for name, (given, dtype, shape) in expected.items():
-        if given is None:
-            continue
-        wrong = given.shape != shape or not given.is_contiguous() or given.device != x.device
-        if wrong or (given.dtype != dtype if dtype is not None else not given.dtype.is_floating_point):
-            raise ValueError(
-                f"int8_linear: {name} is {given.dtype} {list(given.shape)} on {given.device}, expected contiguous "
-                f"{dtype or 'floats'} {list(shape)} on {x.device}"
-            )
