@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from potstill.nn.quantized import QuantizedLinear
 from potstill.ops.activation import check_activation
 from potstill.ops.int8_linear import MAX_FEATURES, quantize_weight
-from potstill.ops.sparse import BLOCK, ROWS, Rows, from_blocks, pack, pack_bits, to_blocks, unpack, unpack_bits
-from potstill.ops.sparse_int8_linear import sparse_int8_linear
+from potstill.ops.sparse import BLOCK, ROWS, Rows, from_blocks, pack, pack_bits, to_blocks, unpack_bits
+from potstill.ops.sparse_int8_linear import blocks, laid_out, lay, sparse_int8_linear
 from potstill.ops.sparse_linear import sparse_linear
 
 Weights = Literal["int8", "float"]
@@ -26,7 +26,8 @@ class SparseLinear(QuantizedLinear):
 
     Input [..., in_features] of any float dtype, output [..., out_features] of the same dtype (under autocast: of the
     autocast dtype). With int8 ``weights`` the input is quantised per row, and the result is bit for bit that of
-    :class:`Int8Linear`; with float ones it is summed in float32. Float32 and bfloat16 on the CPU run compiled kernels.
+    :class:`Int8Linear`; with float ones it is summed in float32. Float32 and bfloat16 on the CPU run compiled kernels;
+    on GPUs int8 ones do, with float16 too.
     ``rows`` says for how many rows the weights are ordered: "many" (from about 16 on) or "few"; either is right.
     ``activation`` as in :class:`Int8Linear`. Gradients flow to the input; the layer itself is frozen.
 
@@ -105,7 +106,7 @@ class SparseLinear(QuantizedLinear):
         """A float32 ``nn.Linear`` with the weight and its zeros, and a copy of the bias, without the activation."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=self.weight.device)
         with torch.no_grad():
-            weight = from_blocks(*unpack(self.weight), self.in_features).float()
+            weight = from_blocks(*blocks(self.weight, self.in_features), self.in_features).float()
             linear.weight.copy_(weight if self.weights == "float" else weight * self.scale[:, None])
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
@@ -156,13 +157,24 @@ class SparseLinear(QuantizedLinear):
 
     def _set_blocks(self, mask: Tensor, values: Tensor) -> None:
         self.blocks = len(values)
-        self.weight = nn.Parameter(pack(mask, values, self.in_features, self.rows), requires_grad=False)
+        if self.weights == "int8":
+            weight = lay(mask, values, self.in_features, self.rows, values.device.type)
+        else:
+            weight = pack(mask, values, self.in_features, self.rows)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _lay_out(self) -> None:
+        weight = self.weight.detach()
+        if self.weights == "int8" and weight.numel():
+            laid = laid_out(weight, self.in_features, self.rows, weight.device.type)
+            if laid is not weight:
+                self.weight.data = laid
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[prefix + "weight"]
         if self.weight.numel():
-            mask, values = unpack(self.weight)
+            mask, values = blocks(self.weight.detach(), self.in_features)
             destination[prefix + "mask"], destination[prefix + "values"] = pack_bits(mask), values
         else:
             for name, (dtype, shape) in self._stored().items():

@@ -1,4 +1,4 @@
-"""How 4-bit weights lie in memory: packed for CPU kernels, in rows for those of GPUs; and their scales and zeros."""
+"""How 4-bit weights lie in memory: packed for CPU kernels, in rows for GPU kernels; so do scales and zero points."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Weights of which only the blocks that are not all zero are stored; a block is 4 consecutive inputs of one output.
 
-``csrc/kernels/sparse_layout.h`` explains the packed form, which the kernels read. What is saved in files is ``mask``
-and ``values``: see :func:`to_blocks`.
+``csrc/kernels/sparse_layout.h`` explains the packed form, which CPU kernels read; :func:`as_windows` makes that of
+GPUs. What is saved in files is ``mask`` and ``values``: see :func:`to_blocks`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ Rows = Literal["many", "few"]
 ROWS: tuple[Rows, ...] = ("many", "few")
 
 BLOCK = 4
+
+WINDOW = 32
+"""Blocks whose bits are one mask of the form for GPUs."""
+
+WINDOW_INPUTS = WINDOW * BLOCK
+
 _MAGIC = 0x3173706B73746F70
 _STRIP, _GROUP, _PANEL, _WINDOW, _ALIGNED = 128, 4, 16, 32, 64
 _CHUNK = {torch.int8: 192, torch.float32: 48}
@@ -151,6 +157,50 @@ def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     return mask, values[(output * mask.shape[1] + block).argsort()]
 
 
+def window_count(k: int) -> int:
+    """How many windows k inputs take, at least 1."""
+    return max(1, -(-k // WINDOW_INPUTS))
+
+
+def as_windows(mask: Tensor, values: Tensor, k: int) -> Tensor:
+    """The blocks of an int8 weight with k inputs in the layout of GPUs: int32 [2 windows + more, n].
+
+    A window is 32 blocks of an output, 128 inputs. First come its masks [windows, n], whose bit j says that its block j
+    is stored, then the places [windows, n] of its first blocks among the words, and the words: 4 int8 each, row by row
+    as ``values`` has them, and at least 32 zeros, up to whole rows of n: a place may be that behind the last word, and
+    what is read from there on stays inside. Undone by :func:`from_windows`.
+    Raises :class:`ValueError` for more blocks than int32 counts.
+
+    >>> weight = torch.tensor([[0, 0, 0, 0, 1, 2, 3, 4]], dtype=torch.int8)
+    >>> as_windows(*to_blocks(weight), 8)[:3].tolist(), len(as_windows(*to_blocks(weight), 8))
+    ([[2], [0], [67305985]], 35)
+    """
+    n, windows = len(mask), window_count(k)
+    if len(values) > 2**31 - 1 - WINDOW - n:
+        raise ValueError(f"as_windows: {len(values)} blocks are stored, expected fewer than 2^31; split the layer")
+    whole = F.pad(mask, (0, windows * WINDOW - mask.shape[1]))
+    bits = pack_bits(whole).view(n, 4 * windows).view(torch.int32)
+    counts = whole.view(n, windows, WINDOW).sum(-1).flatten()
+    first = (counts.cumsum(0) - counts).to(torch.int32).view(n, windows)
+    words = values.contiguous().view(torch.int32).flatten()
+    rows = _word_rows(len(words), n)
+    words = F.pad(words, (0, rows * n - len(words))).view(rows, n)
+    return torch.cat([bits.t(), first.t(), words])
+
+
+def from_windows(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Mask and values that :func:`as_windows` was given."""
+    n, windows = weight.shape[1], window_count(k)
+    bits = weight[:windows].t().flatten().contiguous().view(torch.uint8).view(n, 4 * windows)
+    mask = unpack_bits(bits, -(-k // BLOCK))
+    words = weight[2 * windows :].flatten()[: int(mask.sum())]
+    return mask, words.view(torch.int8).view(-1, BLOCK)
+
+
+def _word_rows(words: int, n: int) -> int:
+    return -(-(words + WINDOW) // n) if n else 0
+
+
 def _coordinates(mask: Tensor, order: _Order) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Part, output in it, span, block in it, of each block that is stored."""
     output, block = mask.nonzero().unbind(1)
@@ -160,6 +210,17 @@ def _coordinates(mask: Tensor, order: _Order) -> tuple[Tensor, Tensor, Tensor, T
 def _bytes(section: Tensor) -> Tensor:
     raw = section.contiguous().flatten().view(torch.uint8)
     return F.pad(raw, (0, -len(raw) % _ALIGNED))
+
+
+def check_windows(op: str, weight: Tensor, n: int, k: int) -> None:
+    """Raises :class:`ValueError` unless ``weight`` may be what :func:`as_windows` makes for k inputs and n outputs."""
+    windows = window_count(k)
+    least, most = (2 * windows + _word_rows(words, n) for words in (0, windows * WINDOW * n))
+    if weight.dtype != torch.int32 or weight.dim() != 2 or weight.shape[1] != n or not least <= len(weight) <= most:
+        raise ValueError(
+            f"{op}: weight is {weight.dtype} {list(weight.shape)}, expected int32 [{least} to {most}, {n}], which "
+            f"potstill.ops.sparse.as_windows makes of a weight with {k} inputs and {n} outputs"
+        )
 
 
 def check_packed(op: str, weight: Tensor, n: int, k: int, value_bytes: int) -> None:

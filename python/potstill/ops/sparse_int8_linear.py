@@ -15,15 +15,63 @@ import torch
 from torch import Tensor
 
 from potstill import _C
-from potstill.ops.int8_linear import fake, int8_linear, setup_context, straight_through
+from potstill.ops.activation import check_activation
+from potstill.ops.int8_linear import (
+    MAX_FEATURES,
+    ROW_DEVICES,
+    fake,
+    int8_linear,
+    setup_context,
+    straight_through,
+)
 from potstill.ops.int8_linear import pack as pack_dense
-from potstill.ops.op import Cost, Kernel, Op, Sample
-from potstill.ops.sparse import ROWS, Rows, check_packed, from_blocks, pack, to_blocks, unpack
-from potstill.ops.sparse_samples import bench_samples, csr_linear, random_blocks, test_samples
+from potstill.ops.op import Cost, Kernel, Op, Sample, gpu_function
+from potstill.ops.sparse import (
+    ROWS,
+    Rows,
+    as_windows,
+    check_packed,
+    check_windows,
+    from_blocks,
+    from_windows,
+    pack,
+    to_blocks,
+    unpack,
+)
+from potstill.ops.sparse_samples import MANY, bench_samples, csr_linear, random_blocks, test_samples
+
+_KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16})
+
+
+def lay(mask: Tensor, values: Tensor, k: int, rows: Rows, device_type: str) -> Tensor:
+    """The blocks of an int8 weight in the layout that kernels of ``device_type`` take; GPUs take one for all rows."""
+    return as_windows(mask, values, k) if device_type in ROW_DEVICES else pack(mask, values, k, rows)
+
+
+def blocks(weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Mask and values of ``weight``, in either layout, as :func:`sparse.to_blocks` returns them."""
+    return from_windows(weight, k) if weight.dtype == torch.int32 else unpack(weight)
+
+
+def laid_out(weight: Tensor, k: int, rows: Rows, device_type: str) -> Tensor:
+    """``weight``, in either layout, in the one that the kernels of ``device_type`` take.
+
+    It stays on its device; one that is laid out so already is returned itself.
+
+    >>> packed = pack(*to_blocks(torch.eye(8, dtype=torch.int8)), 8, "few")
+    >>> windows = laid_out(packed, 8, "few", "cuda")
+    >>> windows.shape, laid_out(windows, 8, "few", "cuda") is windows
+    (torch.Size([7, 8]), True)
+    >>> laid_out(windows, 8, "few", "cpu").equal(packed)
+    True
+    """
+    if (weight.dtype == torch.int32) == (device_type in ROW_DEVICES):
+        return weight
+    return lay(*blocks(weight, k), k, rows, device_type)
 
 
 def _integers(weight: Tensor, k: int) -> Tensor:
-    return from_blocks(*unpack(weight), k)
+    return from_blocks(*blocks(weight, k), k)
 
 
 def _reference(
@@ -35,7 +83,10 @@ def _reference(
     residual: Tensor | None = None,
     factor: Tensor | None = None,
 ) -> Tensor:
-    check_packed("sparse_int8_linear", weight, scale.numel(), x.shape[-1], 1)
+    if weight.dtype == torch.int32:
+        check_windows("sparse_int8_linear", weight, scale.numel(), x.shape[-1])
+    else:
+        check_packed("sparse_int8_linear", weight, scale.numel(), x.shape[-1], 1)
     packed = pack_dense(_integers(weight, x.shape[-1]))
     y: Tensor = int8_linear.reference(x, packed, scale, bias, activation, residual, factor)
     return y
@@ -51,6 +102,12 @@ def _cpu(
     factor: Tensor | None = None,
 ) -> Tensor:
     n = scale.shape[0]
+    if weight.dtype == torch.int32 and weight.dim() == 2:
+        raise ValueError(
+            f"sparse_int8_linear: weight has the layout of GPUs, int32 {list(weight.shape)}, but x is on the CPU, "
+            "whose kernels take it packed; laid_out(weight, k, rows, 'cpu') does that, and SparseLinear.to(device) by "
+            "itself"
+        )
     if residual is None and x.dim() == 2 and x.is_contiguous():  # the common case, kept short
         y = x.new_empty((x.shape[0], n))
         _C.sparse_int8_linear(x, weight, scale, bias, activation, None, factor, y)
@@ -62,6 +119,51 @@ def _cpu(
         residual = residual.reshape(rows, n).contiguous()
     _C.sparse_int8_linear(x, weight, scale, bias, activation, residual, factor, y.view(rows, n))
     return y
+
+
+def _cuda(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> Tensor:
+    launch = gpu_function("sparse_int8_linear", "launch")
+    if launch is None:
+        return _reference(x, weight, scale, bias, activation, residual, factor)
+    n, k = scale.numel(), x.shape[-1]
+    check_activation("sparse_int8_linear", activation)
+    if residual is not None and (residual.shape != (*x.shape[:-1], n) or residual.dtype != x.dtype):
+        raise ValueError(
+            f"sparse_int8_linear: residual is {residual.dtype} {list(residual.shape)}, expected the output's {x.dtype} "
+            f"{[*x.shape[:-1], n]}"
+        )
+    if k > MAX_FEATURES:
+        raise ValueError(
+            f"sparse_int8_linear: x has {k} features; sums of int8 products are exact up to {MAX_FEATURES}; split the "
+            "layer"
+        )
+    if weight.dtype == torch.uint8:
+        raise ValueError(
+            f"sparse_int8_linear: weight is packed, {weight.numel()} bytes, as CPU kernels take it, but x is on a GPU; "
+            "laid_out(weight, k, rows, 'cuda') changes that, and SparseLinear.to(device) by itself"
+        )
+    check_windows("sparse_int8_linear", weight, n, k)
+    y: Tensor = launch(x, weight, scale, bias, activation, residual, factor)
+    return y
+
+
+def _lay_out(arguments: dict[str, Any], device_type: str) -> dict[str, Any]:
+    k = arguments["x"].shape[-1]
+    rows: Rows = "few" if arguments["x"].numel() < MANY * k else "many"
+    return arguments | {"weight": laid_out(arguments["weight"], k, rows, device_type)}
+
+
+def _note() -> str:
+    told = gpu_function("tiles", "told")
+    return "" if told is None else str(told())
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,7 +213,7 @@ def _samples(size: str) -> Iterable[Sample]:
 def _cost(x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None = None, **_: Any) -> Cost:
     n, k = scale.numel(), x.shape[-1]
     m = x.numel() // max(k, 1)
-    kept, outputs = float(unpack(weight)[1].numel()), n if residual is None else 2 * n
+    kept, outputs = float(blocks(weight, k)[1].numel()), n if residual is None else 2 * n
     mask = n * k / 4 / 8  # a bit for each block
     return Cost(int8_ops=2.0 * m * kept, bytes=kept + mask + x.element_size() * m * (outputs + k))
 
@@ -133,7 +235,11 @@ sparse_int8_linear = Op(
     "Tensor? residual=None, Tensor? factor=None) -> Tensor",
     reference=_reference,
     fake=fake,
-    kernels={"cpu": Kernel(_cpu, frozenset({torch.float32, torch.bfloat16}))},
+    kernels={
+        "cpu": Kernel(_cpu, _KERNEL_DTYPES),
+        "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton", _note),
+    },
+    lay_out=_lay_out,
     autocast=True,
     differentiable=(0, 3, 5),
     setup_context=setup_context,
@@ -145,7 +251,8 @@ sparse_int8_linear = Op(
 )
 """``y = activation(x @ (weight * scale[:, None]).t() + bias) + residual`` with x quantised per row to int8.
 
-- ``weight``: int8 weights in [-127, 127], packed by :func:`sparse.pack` for many rows of x or for few.
+- ``weight``: int8 weights in [-127, 127], on the CPU packed by :func:`sparse.pack` for many rows of x or for few, on
+  GPUs as :func:`sparse.as_windows` lays them out.
 - all else: as for :data:`int8_linear`, whose result this is, bit for bit.
 
 >>> from potstill.ops.int8_linear import quantize_weight

@@ -16,7 +16,8 @@ from potstill.ops.sparse import ROWS, Rows
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 LAYERS = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 4096)]
-_MANY = 16  # rows from which on the order for many is faster
+MANY = 16
+"""Rows from which on the order for many is faster."""
 
 
 def random_blocks(n: int, k: int, sparsity: float, generator: torch.Generator) -> Tensor:
@@ -35,7 +36,7 @@ def bench_samples(arguments: Callable[..., dict[str, Any]]) -> Iterable[Sample]:
     for k, n in LAYERS:
         for m in (1, 8, 32, 128, 512):
             for sparsity in SPARSITIES:
-                order: Rows = "many" if m >= _MANY else "few"
+                order: Rows = "many" if m >= MANY else "few"
                 label = f"m={m} k={k} n={n} sparsity={sparsity}"
                 yield Sample(label, partial(arguments, (m, k), n, order, sparsity))
 

@@ -13,7 +13,7 @@ from potstill.nn import Int8Linear, MaskedConv2d, SparseConv2d, SparseLinear
 from potstill.nn.float_linear import as_linear
 from potstill.nn.masked import Masked
 from potstill.nn.sparse import Weights
-from potstill.ops import sparse_linear
+from potstill.ops import sparse_int8_linear, sparse_linear
 from potstill.ops.sparse import ROWS, Rows, to_blocks
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
 from potstill.transform.observe import (
@@ -108,7 +108,7 @@ def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster:
     module = layer.site.module
     plain: nn.Module = module.to_float().requires_grad_(False) if isinstance(module, Masked) else module
     layer.forms = {DENSE: plain}
-    layer.reason = _why_not(module, layer.calls, sampled and only_if_faster)
+    layer.reason = _why_not(module, layer.calls, weights, sampled and only_if_faster)
     if layer.reason:
         return
     linear = as_linear(plain)
@@ -142,15 +142,16 @@ def _has_zeros(site: Site) -> bool:
     return linear is not None and not LinearToInt8().why_not(site) and _zero_blocks(linear) >= LEAST_ZEROS
 
 
-def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, must_be_called: bool) -> str:
+def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, weights: Weights, must_be_called: bool) -> str:
     if isinstance(module, MaskedConv2d):
         if SparseConv2d.float_config(module.to_float()) is None:
             return "there is no sparse form of a Conv2d with groups, or with padding by name"
         if not calls.counts:
             return "a convolution is measured on the images of a sample, and it got none"
     weight = module.masked_weight() if isinstance(module, Masked) else module.get_parameter("weight")
+    op = sparse_int8_linear if weights == "int8" else sparse_linear
     for dtype in {weight.dtype, *(call.used_dtype for call in calls.counts)}:
-        backend, why = sparse_linear.backend(weight.device.type, dtype)
+        backend, why = op.backend(weight.device.type, dtype)
         if backend != "kernel":
             return why
     if not bool(torch.isfinite(weight).all()):
