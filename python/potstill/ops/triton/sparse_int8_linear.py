@@ -19,7 +19,6 @@ from potstill.ops.triton.sparse_int8_linear_kernel import sparse_kernel
 TABLE = {
     "16": tiles.Tile(16, 64, 256, 4, 3),
     "64": tiles.Tile(64, 64, 256, 4, 3),
-    "more": tiles.Tile(128, 128, 128, 8, 3),
 }
 """The tiles for up to 16 rows, and for more. The layer is for few rows, whose time is that of the weight, of which a
 share s of zeros leaves (1 - s) + 1/16 of the dense one's bytes. But to look up a block takes some 30 instructions, the

@@ -57,7 +57,7 @@ def expand(weight, columns, at, n, windows, last, BK: tl.constexpr):
     bit = ((1 << (tl.arange(0, BK // 4) % WINDOW)).to(tl.uint32))[None, :]
     rank = ones(bits & (bit - 1)).to(tl.int32)
     words = weight + 2 * windows.to(tl.int64) * n
-    return bytes_of(tl.where((bits & bit) != 0, tl.load(words + (first + rank)), 0))
+    return bytes_of(tl.load(words + (first + rank), mask=(bits & bit) != 0, other=0))
 
 
 @triton.jit(do_not_specialize=["m", "last"])
