@@ -98,3 +98,15 @@ def test_a_layer_lays_out_for_its_device(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.undo()
     assert torch.equal(moved.to(torch.float32).weight, plain.weight)
     assert torch.equal(moved(x), expected)
+
+
+@pytest.mark.parametrize("types", [frozenset({"cuda"}), frozenset({"cpu"})])
+def test_a_layer_that_was_on_the_meta_device_is_completed_by_a_state(
+    types: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OP, "ROW_DEVICES", types)
+    whole = layer()
+    again = copy.deepcopy(whole).to("meta").to_empty(device="cpu")
+    again.load_state_dict(whole.state_dict())
+    assert torch.equal(again.weight, whole.weight)
+    torch.testing.assert_close(again.to_float().weight, whole.to_float().weight)

@@ -91,7 +91,7 @@ def recompiled() -> list[str]:
     base = _key(Case(40))
     return [
         f"sparse_kernel is compiled anew for {c}"
-        for c in ({"m": 64}, {"k": 8192})
+        for c in ({"m": 64}, {"k": 8192}, {"n": 131072})
         if _key(Case(40)._replace(**c)) != base
     ]
 

@@ -165,7 +165,9 @@ class SparseLinear(QuantizedLinear):
 
     def _lay_out(self) -> None:
         weight = self.weight.detach()
-        if self.weights == "int8" and weight.numel():
+        if weight.is_meta:  # no blocks are there; a state brings them
+            self.weight.data = weight.new_empty(0, dtype=torch.uint8)
+        elif self.weights == "int8" and weight.numel():
             laid = laid_out(weight, self.in_features, self.rows, weight.device.type)
             if laid is not weight:
                 self.weight.data = laid
