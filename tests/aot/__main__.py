@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.aot.code import SHARED_MEMORY
+from tests.aot.code import SHARED_MEMORY, TENSOR_MEMORY
 from tests.aot.examine import examine, of
 
 HERE = Path(__file__).parent
@@ -39,6 +39,8 @@ def faults(op: str, case: Any, kernel: str, found: dict[str, Any], baseline: dic
     wrong = [f"{found[x]} {x}" for x in ("stack", "local") if found[x]]
     if found["shared"] > SHARED_MEMORY[case.sm]:
         wrong.append(f"{found['shared']} bytes of shared memory")
+    if found["tensor"] > TENSOR_MEMORY:
+        wrong.append(f"{found['tensor']} columns of tensor memory")
     wrong += of(op).faults(case, kernel, found)
     if baseline is not None:
         if found["programs"] < baseline["programs"]:

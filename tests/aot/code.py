@@ -18,6 +18,8 @@ from triton.runtime.jit import create_function_from_signature
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376}  # bytes a program may have
 
+TENSOR_MEMORY = 512  # columns that a program may have, from sm_100 on; where it asks for more, triton compiles a trap
+
 Launch = tuple[Any, dict[str, Any]]  # a kernel and its arguments by name
 
 
@@ -80,6 +82,7 @@ def _measured(binary: Any) -> dict[str, Any]:
         "stack": stack,
         "local": _count(r"(?:STL|LDL)\b", code),
         "shared": binary.metadata.shared,
+        "tensor": getattr(binary.metadata, "tmem_size", 0),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
         "exponentials": _count(r"MUFU\.EX2", code),
         "barriers": _count(r"BAR\.SYNC", code),
