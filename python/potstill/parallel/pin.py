@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 _NODES = Path("/sys/devices/system/node")
+_TASKS = Path("/proc/self/task")
 
 
 def pin(rank: int, ranks: int) -> list[int]:
     """Keeps this process on its share of the cores that it may use, with as many torch threads; returns the cores.
 
     Cores are dealt out in the order of their NUMA nodes, in contiguous runs, so that a process has memory near its
-    cores where there are at least as many processes as nodes. Call it at the start of each of ``ranks`` processes,
-    before torch has computed anything: threads that run already stay where they are. ``bench/bench_processes.py``
-    compares processes that answer independent inputs so with one that has all cores.
+    cores where there are at least as many processes as nodes. Threads that run already are moved too. Call it at the
+    start of each of ``ranks`` processes. ``bench/bench_processes.py`` compares processes that answer independent inputs
+    so with one that has all cores.
 
     Raises :class:`ValueError` for a rank that is not below ``ranks``, or fewer cores than ranks, and
     :class:`OSError` where the system has no affinity to set.
@@ -33,9 +35,16 @@ def pin(rank: int, ranks: int) -> list[int]:
     if len(cores) < ranks:
         raise ValueError(f"pin: {ranks} ranks need as many cores, but this process may use {len(cores)}; start fewer")
     mine = shares(cores, ranks)[rank]
-    os.sched_setaffinity(0, mine)
+    for task in _tasks():
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(task, mine)
     torch.set_num_threads(len(mine))
     return mine
+
+
+def _tasks() -> list[int]:
+    """The threads of this process; 0 for the one that asks, where the system does not list them."""
+    return [int(path.name) for path in _TASKS.iterdir()] if _TASKS.exists() else [0]
 
 
 def shares(cores: Sequence[int], ranks: int) -> list[list[int]]:
