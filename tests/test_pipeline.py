@@ -208,7 +208,7 @@ def test_a_module_that_overwrites_its_input_begins_no_stage() -> None:
 
 
 class Skipping(nn.Module):
-    """The end reads what was there at the beginning."""
+    """The end reads what was there at the beginning: of the places to cut, only that after ``first`` changes nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class Skipping(nn.Module):
 
 def test_models_that_a_cut_would_change_are_refused() -> None:
     with pytest.raises(ValueError, match="returns something else: code between its modules reads a value from before"):
-        stages(Skipping(), 2, torch.randn(2, 4))
+        stages(Skipping(), 3, torch.randn(2, 4))
     act = nn.ReLU()
     shared = nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act)
     with pytest.raises(ValueError, match="each called once"):
