@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 import warnings
@@ -176,6 +177,7 @@ def main() -> None:
             in_trainer(trained, texts(ROWS, ignored=True), Path(folder))
             found = weights(trained)
         torch.save(found, Path(folder) / f"{kind}.{rank}.pt")
+    gc.collect()  # a reducer that outlives the group frees it with Python locked, which its threads wait for
     torch.distributed.destroy_process_group()
 
 
