@@ -1,9 +1,9 @@
-// Where each number of a 2:4 layer lies: in the registers of mma.sp m16n8k64 (s8), in a packed weight, in shared memory.
-// Functions of indices alone, so that tests/csrc/int8_24.cpp runs them on the CPU.
+// Where each number of a 2:4 layer lies: in the registers of mma.sp m16n8k64 (s8), in a packed weight, in shared
+// memory. Functions of indices alone, so that tests/csrc/int8_24.cpp runs them on the CPU.
 //
 // The registers are those of PTX ISA 9.0, "Matrix Fragments for sparse mma.m16n8k64" and its figures of the metadata: A
-// is the weight [16 outputs, 64 inputs], of whose inputs two in each group of four are kept, B [64 inputs, 8 rows of x],
-// C [16 outputs, 8 rows of x]. The sparsity selector is 0: every lane gives metadata.
+// is the weight [16 outputs, 64 inputs], of which two in each group of four inputs are kept, B [64 inputs, 8 rows of
+// x], C [16 outputs, 8 rows of x]. The sparsity selector is 0: every lane gives metadata.
 #pragma once
 #include <stdint.h>
 
@@ -38,8 +38,8 @@ constexpr POTSTILL_HOST_DEVICE Place place_in_c(int lane, int reg) {
   return {lane / 4 + 8 * (reg / 2), 2 * (lane % 4) + reg % 2};
 }
 
-// Bits 4 nibble to 4 nibble + 3 of the metadata: which group of four inputs [16, 16]. Two bits are the place in the group
-// of the first weight kept, the next two that of the second.
+// Bits 4 nibble to 4 nibble + 3 of the metadata: which group of four inputs [16, 16]. Two bits are the place in the
+// group of the first weight kept, the next two that of the second.
 constexpr POTSTILL_HOST_DEVICE Place place_in_metadata(int lane, int nibble) {
   return {lane / 4 + 8 * (lane % 2), 8 * (lane % 4 / 2) + nibble};
 }
@@ -76,8 +76,8 @@ constexpr POTSTILL_HOST_DEVICE Place indices_at(int byte) {
 // Where 16 bytes of a row lie. Of 8 rows the same 16 bytes lie in different banks, and so do the 128 bytes of a row.
 constexpr POTSTILL_HOST_DEVICE int swizzled(int row, int sixteen) { return 128 * row + 16 * (sixteen ^ row % 8); }
 
-// Of ldmatrix for B of one mma.sp: matrix r, of 8 rows of x and 16 bytes, becomes register r, and its row i is where lane
-// 8r + i points.
+// Of ldmatrix for B of one mma.sp: matrix r, of 8 rows of x and 16 bytes, becomes register r, and its row i is where
+// lane 8r + i points.
 constexpr POTSTILL_HOST_DEVICE Place place_of_matrix_row(int lane) { return {lane % 8, lane / 8}; }
 
 }  // namespace int8_24

@@ -72,7 +72,7 @@ struct Block {
     const Fragments& f = thread.registers.fragments[which];
     POTSTILL_UNROLL for (int i = 0; i < kTiles; ++i) {
       POTSTILL_UNROLL for (int j = 0; j < kWarpTiles; ++j) {
-        int32_t(&c)[4] = thread.registers.sums[i][j];
+        int32_t (&c)[4] = thread.registers.sums[i][j];
         asm volatile(
             "mma.sp::ordered_metadata.sync.aligned.m16n8k64.row.col.s32.s8.s8.s32 "
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, 0;"

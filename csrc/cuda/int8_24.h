@@ -1,5 +1,5 @@
-// A linear layer with a 2:4 int8 weight: y = (x w^T) * (x_scale * scale) + bias, where x [m, k] and w [n, k] are int8 and
-// the sums int32. One block of threads computes a tile of y: it copies tiles of x and w to shared memory some steps
+// A linear layer with a 2:4 int8 weight: y = (x w^T) * (x_scale * scale) + bias, where x [m, k] and w [n, k] are int8
+// and the sums int32. One block of threads computes a tile of y: it copies tiles of x and w to shared memory some steps
 // ahead, multiplies them with mma.sp, and brings the result into rows.
 //
 // Written over a Block (how its threads run) and a Thread (what one can do), which int8_24.cu has for GPUs and
@@ -37,7 +37,7 @@ struct Linear {
 };
 
 constexpr int kOutputs = 128, kRows = 128, kInputs = 128;  // a tile
-constexpr int kStages = 3;                                 // tiles in shared memory; a fourth would not fit sm_86
+constexpr int kStages = 3;                                 // tiles in shared memory
 constexpr int kSteps = kInputs / kStep;
 constexpr int kBlocks = kOutputs / kBlock;
 constexpr int kThreads = 256;
@@ -47,6 +47,7 @@ constexpr int kWarpTiles = kWarpRows / 8;
 constexpr int kWeightBytes = kBlocks * kSteps * kStepBytes;
 constexpr int kStageBytes = kWeightBytes + kRows * kInputs;
 constexpr int kSharedBytes = kStages * kStageBytes;
+static_assert(kSharedBytes <= 101376);  // of a block on sm_86 and sm_89
 
 // A row of y in shared memory: 16 bytes more than its numbers, so that the rows which a warp writes to at once begin in
 // different banks.
@@ -192,15 +193,14 @@ POTSTILL_THREAD void compute(Block& block, const Linear& p, Tile tile) {
       bool last = step == kSteps - 1;
       if (last) block.template wait<kStages - 2>();  // so tile i + 1 is there, and no thread needs tile i any more
       if (!last || i + 1 < count) {
-        block.each([&](auto& t) {
-          load(t, t.registers.fragments[(step + 1) % 2], last ? i + 1 : i, (step + 1) % kSteps);
-        });
+        block.each(
+            [&](auto& t) { load(t, t.registers.fragments[(step + 1) % 2], last ? i + 1 : i, (step + 1) % kSteps); });
       }
       if (step == 0) begin(i + kStages - 1);  // where tile i - 1 was
       block.multiply(step % 2);
     }
   }
-  block.template wait<0>();
+  // Since the last wait no thread has read shared memory, and no copy is under way: there is room for the results.
   block.each([&](auto& t) {
     if (p.y_type == Float::f32) finish<Float::f32>(t, p, tile);
     if (p.y_type == Float::bf16) finish<Float::bf16>(t, p, tile);

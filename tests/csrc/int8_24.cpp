@@ -249,8 +249,18 @@ void layer(int m, int n, int k, Float type, bool bias, int more) {
   for (int row = 0; row < m; ++row) {
     for (int i = 0; i < k; ++i) x.as<int8_t>()[row * (k + more) + i] = static_cast<int8_t>(integer(-128, 127));
   }
-  Linear p{x.as<int8_t>(), x_scale.memory.as<float>(), packed.as<uint8_t>(), scale.memory.as<float>(),
-           bias ? biases.memory.as<void>() : nullptr, y.as<void>(), k + more, m, n, k, Float::f32, type};
+  Linear p{x.as<int8_t>(),
+           x_scale.memory.as<float>(),
+           packed.as<uint8_t>(),
+           scale.memory.as<float>(),
+           bias ? biases.memory.as<void>() : nullptr,
+           y.as<void>(),
+           k + more,
+           m,
+           n,
+           k,
+           Float::f32,
+           type};
   for (int i = 0; i < tiles_of(m, kRows) * tiles_of(n, kOutputs); ++i) {
     auto block = std::make_unique<Block>();
     compute(*block, p, tile_at(i, m, n));
@@ -261,7 +271,8 @@ void layer(int m, int n, int k, Float type, bool bias, int more) {
     for (int row = 0; row < m; ++row) {
       int32_t sum = 0;
       for (int i = 0; i < k; ++i) sum += dense[static_cast<size_t>(i)] * x.as<int8_t>()[row * (k + more) + i];
-      float expected = static_cast<float>(sum) * (x_scale[static_cast<size_t>(row)] * scale[static_cast<size_t>(output)]);
+      float expected =
+          static_cast<float>(sum) * (x_scale[static_cast<size_t>(row)] * scale[static_cast<size_t>(output)]);
       if (bias) expected += biases[static_cast<size_t>(output)];
       uint32_t bits;
       memcpy(&bits, &expected, 4);
