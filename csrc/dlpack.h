@@ -43,7 +43,7 @@ struct ExchangeApi {
   void* managed_tensor_from_py_object_no_sync;
   void* managed_tensor_to_py_object_no_sync;
   int (*tensor_from_py_object_no_sync)(void* py_object, Tensor* out);  // may be null
-  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);  // torch's current stream
+  int (*current_work_stream)(int32_t device_type, int32_t device_id, void** out);
 };
 
 }  // namespace dlpack
