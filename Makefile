@@ -18,7 +18,7 @@ lint: $(VENV)/lint
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy --strict python/potstill
-	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run -Werror
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run -Werror
 	PYTHONPATH=python $(VENV)/bin/lint-imports --no-cache
 
 bench: $(VENV)/potstill

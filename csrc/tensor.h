@@ -1,4 +1,4 @@
-// Python object -> checked view of its memory. With module.cpp the only file that knows Python.
+// Python object -> checked view of its memory. With module.cpp and cuda/module.cpp the only file that knows Python.
 //
 // Views are borrowed: valid while the argument is alive, so get them with the GIL held and keep the caller's
 // reference. They see raw memory: conj/neg bits, gradients and subclasses are the dispatcher's business, which is why
@@ -53,7 +53,8 @@ inline const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) {
 
 class TensorView {
  public:
-  TensorView(py::handle object, const char* op, const char* argument) : op_(op), argument_(argument) {
+  TensorView(py::handle object, const char* op, const char* argument, int32_t device = dlpack::kCpu)
+      : op_(op), argument_(argument) {
     const dlpack::ExchangeApi* api;
     try {
       api = exchange_api(Py_TYPE(object.ptr()));
@@ -62,9 +63,12 @@ class TensorView {
     }
     if (api->tensor_from_py_object_no_sync(object.ptr(), &t_) != 0) {
       PyErr_Clear();
-      fail("has no dense memory", "expected a plain strided CPU tensor");
+      fail("has no dense memory", "expected a plain strided tensor");
     }
-    if (t_.device.type != dlpack::kCpu) fail("is not on the CPU", "move it with .cpu()");
+    if (t_.device.type != device) {
+      if (device == dlpack::kCpu) fail("is not on the CPU", "move it with .cpu()");
+      fail("is not on a CUDA device", "move it with .cuda()");
+    }
     if (t_.data == nullptr && numel() != 0) fail("has no memory", "expected a real tensor, not a fake or meta one");
   }
 
@@ -106,8 +110,8 @@ class TensorView {
   }
 
   FloatPtr floats() const {
-    if (is(dlpack::kFloat, 32)) return {pointer(), Type::f32};
-    if (is(dlpack::kBfloat, 16)) return {pointer(), Type::bf16};
+    if (is(dlpack::kFloat, 32)) return {data(), Type::f32};
+    if (is(dlpack::kBfloat, 16)) return {data(), Type::bf16};
     fail("has another dtype", "expected float32 or bfloat16");
   }
   float* f32() const { return static_cast<float*>(typed(dlpack::kFloat, 32, "expected float32")); }
@@ -116,6 +120,11 @@ class TensorView {
   bf16* b16() const { return static_cast<bf16*>(typed(dlpack::kBfloat, 16, "expected bfloat16")); }
   int64_t* i64() const { return static_cast<int64_t*>(typed(dlpack::kInt, 64, "expected int64")); }
 
+  dlpack::Device device() const { return t_.device; }
+  void* data() const { return static_cast<char*>(t_.data) + t_.byte_offset; }
+  bool is(uint8_t code, uint8_t bits) const {
+    return t_.dtype.code == code && t_.dtype.bits == bits && t_.dtype.lanes == 1;
+  }
   bool is_bool() const { return is(dlpack::kBool, 8); }
   uint8_t* boolean() const { return static_cast<uint8_t*>(typed(dlpack::kBool, 8, "expected bool")); }
 
@@ -125,13 +134,9 @@ class TensorView {
 
  private:
   std::string name() const { return std::string(op_) + ": " + argument_; }
-  bool is(uint8_t code, uint8_t bits) const {
-    return t_.dtype.code == code && t_.dtype.bits == bits && t_.dtype.lanes == 1;
-  }
-  void* pointer() const { return static_cast<char*>(t_.data) + t_.byte_offset; }
   void* typed(uint8_t code, uint8_t bits, const char* expected) const {
     if (!is(code, bits)) fail("has another dtype", expected);
-    return pointer();
+    return data();
   }
   static std::string text(const int64_t* sizes, size_t n) {
     std::string s = "[";

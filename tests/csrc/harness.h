@@ -49,7 +49,7 @@ void explain_faults() {
 }
 
 float uniform(float low, float high) { return std::uniform_real_distribution<float>(low, high)(generator); }
-float normal() { return std::normal_distribution<float>()(generator); }
+inline float normal() { return std::normal_distribution<float>()(generator); }
 int integer(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
 
 template <class T>
@@ -85,7 +85,7 @@ class Guarded {
 };
 
 size_t width(Type type) { return type == Type::f32 ? 4 : 2; }
-const char* name(Type type) { return type == Type::f32 ? "f32" : "bf16"; }
+inline const char* name(Type type) { return type == Type::f32 ? "f32" : "bf16"; }
 
 // An array of float32 or bfloat16 values.
 struct Floats {
