@@ -7,11 +7,13 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from contest import Entry, steady, versions
+from peers import SPARSE
 from potstill.report.measure import Ceilings
 
 OURS = "potstill"
@@ -37,8 +39,9 @@ class Row:
 
     @property
     def ours(self) -> str | None:
-        """Our fastest contestant."""
-        return self._fastest(lambda name: name.startswith(OURS))
+        """Our fastest contestant; where there are zeros, of those that make use of them."""
+        own = f"{OURS} sparse" if self.table == SPARSE else OURS
+        return self._fastest(lambda name: name.startswith(own))
 
     @property
     def peer(self) -> str | None:
@@ -128,8 +131,10 @@ def columns(row: Row, unit: str = "ms") -> Table:
     return result
 
 
-def save(path: Path, rows: Iterable[Row], missing: Mapping[str, str], limits: Iterable[Ceilings] = ()) -> None:
-    """Writes JSON: times in seconds, and the ratios that follow from them, for readers."""
+def save(
+    path: Path, rows: Iterable[Row], missing: Mapping[str, str], limits: Iterable[Ceilings] = (), **more: Any
+) -> None:
+    """Writes JSON: times in seconds, and the ratios that follow from them, for readers; and ``more`` as it is."""
     record = {
         "versions": versions(),
         "missing": dict(missing),
@@ -137,6 +142,7 @@ def save(path: Path, rows: Iterable[Row], missing: Mapping[str, str], limits: It
         "rows": [
             asdict(row) | {"ours": row.ours, "peer": row.peer, "ratio": row.ratio, "steady": row.steady} for row in rows
         ],
+        **more,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -14,7 +14,8 @@ from torch import nn
 import contest
 import peers
 import standings
-from peers import INT8, MODEL, Contestant, Job, Start
+import zeros
+from peers import INT8, MODEL, SPARSE, Contestant, Job, Start
 from potstill.timing import Timing
 
 
@@ -165,13 +166,66 @@ def test_tokens_per_second():
 
 def test_json_holds_what_was_measured(tmp_path: Path):
     path = tmp_path / "deep" / "peers.json"
-    standings.save(path, [row(2.0)], {"ort": "ImportError: none"})
+    standings.save(path, [row(2.0)], {"ort": "ImportError: none"}, verdicts=["faster"])
     record = json.loads(path.read_text())
     assert record["versions"]["torch"] == torch.__version__
-    assert record["missing"] == {"ort": "ImportError: none"}
+    assert (record["missing"], record["verdicts"]) == ({"ort": "ImportError: none"}, ["faster"])
     [found] = record["rows"]
     assert (found["ours"], found["peer"], found["ratio"]) == ("potstill int8", "a peer", pytest.approx(1.5))
     assert found["entries"][3] == {
         "name": "absent", "timing": None, "error": None, "cosine": None, "reason": "ImportError: none"
     }  # fmt: skip
     assert found["entries"][0]["timing"]["median"] == 2e-3
+
+
+def test_layers_with_zeros_are_as_sparse_as_asked_and_all_contestants_compute_them():
+    found, missing = peers.load(SPARSE, files=(peers.OURS, "torch_", "dynamic"))
+    assert missing == {}
+    assert {"potstill sparse many", "potstill sparse few", zeros.DENSE, "torch CSR"} <= {one.name for one in found}
+    for layer in zeros.layers([(3, 64, 32)]):
+        given = layer.job()
+        weight = given.module[0].weight
+        units = (weight.view(-1, 4) != 0).any(1) if layer.pattern == "1x4" else weight != 0
+        assert 1 - units.float().mean().item() == pytest.approx(layer.sparsity, abs=0.01)
+        starts, failed = contest.prepared(found, given)
+        assert failed == []
+        with torch.inference_mode():
+            errors = {name: contest.checker(given)(start())[0] for name, start in starts.items()}
+        assert all(error < 0.05 for error in errors.values()), errors
+        assert zeros.cost(given).int8_ops == pytest.approx(2 * 3 * 4 * int((weight.view(-1, 4) != 0).any(1).sum()))
+
+
+def sparse_row(layer: zeros.Layer, seconds: dict[str, float]) -> standings.Row:
+    return standings.Row(SPARSE, layer.label, 2, tuple(entry(name, 1e3 * value) for name, value in seconds.items()))
+
+
+def test_where_zeros_pay_is_told_per_pattern_against_the_best_peer_and_our_dense_layer():
+    layers = zeros.layers([(1, 64, 32)])
+    rows = [
+        sparse_row(layer, {
+            "potstill sparse many": 3.0,
+            "potstill sparse few": 1.0 - layer.sparsity + 0.5 * (layer.pattern == "unstructured"),
+            zeros.DENSE: 0.05,
+            "a peer": 0.35,
+            "another": 9.0,
+        })
+        for layer in layers
+    ]  # fmt: skip
+    assert {(row.ours, row.peer) for row in rows} == {("potstill sparse few", "a peer")}
+    [(pattern, course), (other, never)] = zeros.courses(layers, rows, zeros.PEER)
+    assert (pattern, other) == ("1x4", "unstructured")
+    assert dict(course.points) == pytest.approx({0.5: 0.7, 0.8: 1.75, 0.9: 3.5, 0.95: 7.0})
+    assert set(course.orders) == {"few"}
+    assert zeros.verdicts([(pattern, course), (other, never)]) == [
+        "m=1 k=64 n=32 1x4, threads: 2: faster than the best peer from a sparsity of 0.59 on",
+        "m=1 k=64 n=32 unstructured, threads: 2: slower than the best peer at every sparsity measured",
+    ]
+    text = io.StringIO()
+    Console(file=text, width=120).print(zeros.table(zeros.courses(layers, rows, zeros.DENSE)))
+    [line] = [line for line in text.getvalue().splitlines() if " 1x4 " in line]
+    assert line.split()[4:9] == ["2", "0.10", "0.25", "0.50", "1.00"]
+    pages = dict(zeros.pages([(pattern, course), (other, never)]))
+    assert {name: page.count("<polyline") for name, page in pages.items()} == {"1x4": 1, "unstructured": 1}
+    assert "times as fast as the best peer" in pages["1x4"]
+    assert zeros.courses(layers, rows[1:], "a peer that is not there") == []
+    assert len(zeros.courses(layers, rows[1:], zeros.PEER)[0][1].points) == 3

@@ -42,6 +42,17 @@ def test_every_gpu_and_number_of_rows_has_a_tile() -> None:
     assert tiles.products(103)[0] == "float16"
 
 
+def test_int8_products_that_triton_is_too_old_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles.triton, "__version__", "3.7.1")
+    assert {c: tiles.products(c)[0] for c in (90, 100, 110, 120)} == {
+        90: "int8", 100: "float16", 110: "float16", 120: "int8"
+    }  # fmt: skip
+    assert "Triton 3.7.1" in tiles.products(100)[1]
+    assert tiles.tile(Chip(100, 148), 4096) == tiles.TABLE["sm_103"]["more"]
+    monkeypatch.setattr(tiles.triton, "__version__", "3.10.0+git1234")
+    assert tiles.products(100)[0] == "int8"
+
+
 @pytest.mark.parametrize("processors", [1, 40, 108, 132, 1000])
 @pytest.mark.parametrize(
     ("m", "n", "k"), [(1, 4096, 4096), (16, 8192, 28672), (64, 512, 100000), (300, 64, 4112), (1, 1, 0)]

@@ -27,11 +27,13 @@ INT8 = "int8"
 """Linear layers with 8-bit weights, or none; the module is an ``nn.Sequential`` of ``nn.Linear``."""
 INT4 = "int4"
 """Linear layers with 4-bit weights, one scale per :data:`GROUP` inputs; the module is as for :data:`INT8`."""
+SPARSE = "sparse"
+"""One linear layer, of whose weights many are zero; the module is an ``nn.Sequential`` of it."""
 MODEL = "model"
 """Whole models; the module takes and returns plain tensors."""
 PRUNED = "pruned"
 """As :data:`MODEL`, but blocks of weights are zero, which these contestants make use of."""
-TABLES = (INT8, INT4, MODEL, PRUNED)
+TABLES = (INT8, INT4, SPARSE, MODEL, PRUNED)
 
 GROUP = 128
 FILES = ("torch_", "dynamic", "torchao_", "ort", "openvino_")

@@ -1,14 +1,14 @@
-"""``torch.ao.quantization.quantize_dynamic``, once per engine of this torch; whole models with the first."""
+"""``torch.ao.quantization.quantize_dynamic``, once per engine of this torch; whole models and zeros with the first."""
 
 from __future__ import annotations
 
-from peers import INT8, MODEL, Job, Start, contestant
+from peers import INT8, MODEL, SPARSE, Job, Start, contestant
 from peers.torch_ import first, single
 from potstill.ops.rivals import dynamic, engines
 
 
 def _enter(engine: str) -> None:
-    tables = (INT8, MODEL) if engine == engines()[0] else (INT8,)
+    tables = (INT8, SPARSE, MODEL) if engine == engines()[0] else (INT8,)
 
     @contestant(f"quantize_dynamic {engine}", *tables)
     def prepare(job: Job) -> Start:

@@ -15,12 +15,12 @@ import openvino as ov
 import torch
 from torch import Tensor, nn
 
-from peers import GROUP, INT4, INT8, MODEL, Call, Job, Start, contestant
+from peers import GROUP, INT4, INT8, MODEL, SPARSE, Call, Job, Start, contestant
 
 nncf.set_log_level(logging.ERROR)
 
 
-@contestant("OpenVINO int8", INT8, MODEL)
+@contestant("OpenVINO int8", INT8, SPARSE, MODEL)
 def int8(job: Job) -> Start:
     """``nncf.quantize``: the ranges of activations are fixed by calibration."""
     kind = None if isinstance(job.module, nn.Sequential) else nncf.ModelType.TRANSFORMER
@@ -30,7 +30,7 @@ def int8(job: Job) -> Start:
     return lambda: _session(model, job.inputs)
 
 
-@contestant("OpenVINO int8 weights", INT8, MODEL)
+@contestant("OpenVINO int8 weights", INT8, SPARSE, MODEL)
 def int8_weights(job: Job) -> Start:
     """``nncf.compress_weights``; activations are quantised by the runtime in groups where it can."""
     model = nncf.compress_weights(_converted(job), mode=nncf.CompressWeightsMode.INT8_SYM)

@@ -16,10 +16,10 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 from torch import Tensor, nn
 
-from peers import GROUP, INT4, INT8, MODEL, Call, Job, Start, contestant
+from peers import GROUP, INT4, INT8, MODEL, SPARSE, Call, Job, Start, contestant
 
 
-@contestant("ONNX Runtime int8", INT8, MODEL)
+@contestant("ONNX Runtime int8", INT8, SPARSE, MODEL)
 def int8(job: Job) -> Start:
     def quantized(source: Path, target: Path) -> None:
         quantize_dynamic(source, target, weight_type=QuantType.QInt8, per_channel=True)

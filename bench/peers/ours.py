@@ -7,14 +7,14 @@ import copy
 from torch import nn
 
 import potstill
-from peers import GROUP, INT4, INT8, MODEL, PRUNED, Call, Job, Start, contestant
-from peers.torch_ import calling, compiled
-from potstill.nn import Int4Linear, Int8Linear
+from peers import GROUP, INT4, INT8, MODEL, PRUNED, SPARSE, Call, Job, Start, contestant
+from peers.torch_ import calling, compiled, single
+from potstill.nn import Int4Linear, Int8Linear, SparseLinear
 
 _INT8 = potstill.Int8()
 
 
-@contestant("potstill int8", INT8, INT4)
+@contestant("potstill int8", INT8, INT4, SPARSE)
 def int8(job: Job) -> Start:
     layers = [Int8Linear.from_float(layer) for layer in job.module.children() if isinstance(layer, nn.Linear)]
     return calling(nn.Sequential(*layers), job.inputs)
@@ -24,6 +24,17 @@ def int8(job: Job) -> Start:
 def int4(job: Job) -> Start:
     layers = [Int4Linear.from_float(layer, group_size=GROUP) for layer in job.module.children()]
     return calling(nn.Sequential(*layers), job.inputs)
+
+
+@contestant("potstill sparse many", SPARSE)
+def sparse_many(job: Job) -> Start:
+    """In the order for many rows; the one below in that for few."""
+    return calling(SparseLinear.from_float(single(job.module), rows="many"), job.inputs)
+
+
+@contestant("potstill sparse few", SPARSE)
+def sparse_few(job: Job) -> Start:
+    return calling(SparseLinear.from_float(single(job.module), rows="few"), job.inputs)
 
 
 @contestant("potstill eager", MODEL)

@@ -1,4 +1,4 @@
-"""Plain torch: float32, bfloat16, torch.compile, and its 4-bit weights."""
+"""Plain torch: float32, bfloat16, torch.compile, its sparse matrices and its 4-bit weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peers import GROUP, INT4, INT8, MODEL, Call, Job, Start, contestant
+from peers import GROUP, INT4, INT8, MODEL, SPARSE, Call, Job, Start, contestant
+from potstill.ops.sparse_samples import csr_linear
 
 
 def calling(module: nn.Module, inputs: tuple[Tensor, ...]) -> Start:
@@ -48,12 +49,12 @@ def as_bf16(job: Job) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return copy.deepcopy(job.module).bfloat16(), inputs
 
 
-@contestant("torch fp32", INT8, INT4, MODEL)
+@contestant("torch fp32", INT8, INT4, SPARSE, MODEL)
 def fp32(job: Job) -> Start:
     return calling(job.module, job.inputs)
 
 
-@contestant("torch bf16", INT8, INT4, MODEL)
+@contestant("torch bf16", INT8, INT4, SPARSE, MODEL)
 def bf16(job: Job) -> Start:
     return calling(*as_bf16(job))
 
@@ -66,6 +67,13 @@ def compiled_fp32(job: Job) -> Start:
 @contestant("torch.compile bf16", INT8, MODEL)
 def compiled_bf16(job: Job) -> Start:
     return compiled(*as_bf16(job))
+
+
+@contestant("torch CSR", SPARSE)
+def csr(job: Job) -> Start:
+    layer, (x,) = single(job.module), job.inputs
+    call = csr_linear(x, layer.weight, layer.bias)
+    return lambda: call
 
 
 @contestant("torch int4pack", INT4)

@@ -87,13 +87,15 @@ TABLE: Table = {
   thread, so one program runs at a time, with 3 or 4 stages, 144 or 192 KB. Where a program may have only 99 KB
   (sm_86) 128 x 128: 32 KB for 2^21, by 1024 products a cycle 16 bytes.
 - sm_100 keeps sums in tensor memory, whose rows are 128: so from 65 rows on 128 x 64 instead of 64 x 128.
-- sm_103: int8 becomes float16 on the way to the products; half as many inputs at a time, as they take twice the space.
+- sm_103, and sm_100 with a Triton that is too old for it: int8 becomes float16 on the way to the products; half as many
+  inputs at a time, as they take twice the space.
 """
 
 # Inputs that a part has at least: fewer are read sooner than the launch is over that adds the parts.
 LEAST_PART = 1024
 
-_SLOW_INT8 = {103: "its int8 matrix units are a fraction of its float16 ones"}
+TENSOR_MEMORY_INT8 = (3, 8)
+"""The first Triton whose int8 products use the tensor memory of sm_100; older ones spill sums instead."""
 
 
 def family(capability: int) -> str:
@@ -102,8 +104,8 @@ def family(capability: int) -> str:
     >>> family(89), family(90), family(103), family(120)
     ('sm_86', 'sm_90', 'sm_103', 'sm_86')
     """
-    if capability in _SLOW_INT8:
-        return f"sm_{capability}"
+    if _slow_int8(capability):
+        return "sm_103"
     if capability in (80, 87):  # 163 KB of shared memory for a program, those after them 99 KB
         return "sm_80"
     if capability < 90 or capability >= 120:
@@ -117,9 +119,18 @@ def products(capability: int) -> tuple[str, str]:
     >>> products(90)
     ('int8', 'its matrix units multiply int8 numbers at full rate')
     """
-    if capability in _SLOW_INT8:
-        return "float16", _SLOW_INT8[capability]
-    return "int8", "its matrix units multiply int8 numbers at full rate"
+    slow = _slow_int8(capability)
+    return ("float16", slow) if slow else ("int8", "its matrix units multiply int8 numbers at full rate")
+
+
+def _slow_int8(capability: int) -> str:
+    """Why int8 numbers are not multiplied as such; empty if they are."""
+    if capability == 103:
+        return "its int8 matrix units are a fraction of its float16 ones"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if 100 <= capability < 120 and version < TENSOR_MEMORY_INT8:
+        return f"Triton {triton.__version__} multiplies int8 numbers on it as on older GPUs; 3.8 does not"
+    return ""
 
 
 def told() -> str:
