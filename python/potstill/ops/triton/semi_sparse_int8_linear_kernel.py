@@ -45,13 +45,13 @@ def weights(values, indices, outputs, blocks, tile, BK: tl.constexpr):
 
 @triton.jit
 def expand(values, indices, left, BK: tl.constexpr, EVEN: tl.constexpr):
-    """The weights of BK inputs, of which ``left`` are left, at pointers of :func:`weights`: [outputs, BK] int8."""
+    """The weights of BK inputs at pointers of :func:`weights`: [outputs, BK] int8; ``left`` blocks are left."""
     group, word = tl.arange(0, BK // 4)[None, :], tl.arange(0, BK // 32)[None, :]
     if EVEN:
         pairs, halves = tl.load(values + group), tl.load(indices + word)
     else:
-        pairs = tl.load(values + group, mask=group * 4 < left, other=0)
-        halves = tl.load(indices + word, mask=word * 32 < left, other=0)
+        pairs = tl.load(values + group, mask=group // 32 < left, other=0)
+        halves = tl.load(indices + word, mask=word // 4 < left, other=0)
     half = each_group(halves) >> (group % 8 * 4)
     pairs = pairs.to(tl.int32)
     return bytes_of((pairs & 255) << (half & 3) * 8 | (pairs >> 8 & 255) << (half >> 2 & 3) * 8)
@@ -72,7 +72,7 @@ def semi_kernel(
     values, indices = weights(values, indices, tl.minimum(columns, n - 1), blocks, start // BK, BK)
     sums = tl.zeros([BM, BN], tl.int32)
     for at in range(start, tl.minimum(start + span, k), BK):
-        b = expand(values, indices, k - at, BK, EVEN)
+        b = expand(values, indices, blocks - at // BLOCK, BK, EVEN)
         sums = multiply(sums, load_tile(a, k - at, EVEN), b, HALF)
         a += BK
         values += BK // 4
@@ -103,7 +103,7 @@ def fused_semi_kernel(
     sums = tl.zeros([LEAST, BN], tl.int32)
     for at in range(start, tl.minimum(start + span, width), BK):
         a = rounded(load(x, None, at + depth, k, here), inverse[:, None], used[:, None])
-        sums = multiply(sums, repeat(a, ROWS, BK), expand(values, indices, width - at, BK, EVEN), HALF)
+        sums = multiply(sums, repeat(a, ROWS, BK), expand(values, indices, blocks - at // BLOCK, BK, EVEN), HALF)
         values += BK // 4
         indices += BK // 32
     if total is None:
