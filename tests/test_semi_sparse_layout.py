@@ -13,7 +13,7 @@ from torch import Tensor
 
 from potstill.ops import int8_linear, semi_sparse_int8_linear
 from potstill.ops.int8_linear import pack
-from potstill.ops.semi_sparse import from_semi, is_semi, laid_out, to_semi, wrong_numbers
+from potstill.ops.semi_sparse import canonical, from_semi, is_semi, laid_out, to_semi, wrong_numbers, wrong_padding
 
 OP: Any = sys.modules["potstill.ops.semi_sparse_int8_linear"]
 
@@ -38,15 +38,18 @@ def test_either_form_is_made_of_the_other(n: int, k: int, kept: int, dtype: torc
     assert values.shape == (n, -(-k // 8) * 4)
     assert indices.shape == (n, -(-k // 8))
     assert torch.equal(from_semi(values, indices, k), w)
-    assert not wrong_numbers(values, indices, k)
+    assert not wrong_numbers(values, indices)
+    assert not wrong_padding(values, indices, k)
     wide = laid_out(values, indices, k, "cuda")
     assert wide[0].shape[1] % 64 == 0
-    assert not wrong_numbers(*wide, k)
+    assert not wrong_numbers(*wide)
+    assert not wrong_padding(*wide, k)
     assert torch.equal(from_semi(*wide, k), w)
-    again = laid_out(*wide, k, "cpu")
+    again = canonical(*wide, k)
     assert torch.equal(again[0], values)
     assert torch.equal(again[1], indices)
     assert laid_out(*wide, k, "cuda")[0] is wide[0]
+    assert torch.equal(laid_out(*wide, k, "cpu")[0], values)
 
 
 def test_each_half_byte_says_where_its_values_belong() -> None:
@@ -82,10 +85,10 @@ def test_what_is_not_2_of_4_is_refused() -> None:
 def test_wrong_numbers_are_told(change: Any, message: str) -> None:
     values, indices = to_semi(weight(4, 21))
     change(values, indices)
-    assert message in wrong_numbers(values, indices, 21)
+    assert message in wrong_numbers(values, indices) + wrong_padding(values, indices, 21)
     floats, indices = to_semi(weight(4, 21, dtype=torch.float32))
     floats[1, 1] = float("inf")
-    assert "not finite" in wrong_numbers(floats, indices, 21)
+    assert "not finite" in wrong_numbers(floats, indices)
 
 
 @given(m=st.integers(0, 9), n=st.integers(1, 40), k=st.integers(1, 200))

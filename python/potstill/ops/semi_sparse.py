@@ -61,6 +61,17 @@ def from_semi(values: Tensor, indices: Tensor, k: int) -> Tensor:
     return wide.view(n, groups * GROUP)[:, :k].contiguous()
 
 
+def zeros(n: int, k: int, dtype: torch.dtype, device: str | None = None) -> tuple[Tensor, Tensor]:
+    """Values and indices of a weight [n, k] that is all zero.
+
+    >>> torch.equal(zeros(2, 9, torch.int8)[1], to_semi(torch.zeros(2, 9))[1])
+    True
+    """
+    width = rounded_up(k, UNIT)
+    values = torch.zeros(n, width // 2, dtype=dtype, device=device)
+    return values, torch.full((n, width // UNIT), _HALVES[0] * 17, dtype=torch.uint8, device=device)
+
+
 def is_semi(weight: Tensor) -> bool:
     """Whether of each four consecutive inputs of ``weight`` [n, k] at least two are zero.
 
@@ -79,7 +90,15 @@ def laid_out(values: Tensor, indices: Tensor, k: int, device_type: str) -> tuple
     >>> values.shape, indices.shape, laid_out(values, indices, 2, "cpu")[0].shape
     (torch.Size([4, 64]), torch.Size([4, 16]), torch.Size([4, 4]))
     """
-    width = rounded_up(k, ALIGNED if device_type in ROW_DEVICES else UNIT)
+    return _of_width(values, indices, rounded_up(k, ALIGNED if device_type in ROW_DEVICES else UNIT))
+
+
+def canonical(values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices of ``k`` inputs as :func:`to_semi` makes them, however they are laid out."""
+    return _of_width(values, indices, rounded_up(k, UNIT))
+
+
+def _of_width(values: Tensor, indices: Tensor, width: int) -> tuple[Tensor, Tensor]:
     more = width - 2 * values.shape[1]
     if more == 0:
         return values, indices
@@ -106,7 +125,7 @@ def check_semi(op: str, values: Tensor, indices: Tensor, n: int, k: int, multipl
         )
 
 
-def wrong_numbers(values: Tensor, indices: Tensor, k: int) -> str:
+def wrong_numbers(values: Tensor, indices: Tensor) -> str:
     """What is wrong with the numbers of a weight whose sizes are right; empty if nothing is."""
     halves = torch.stack((indices & 15, indices >> 4), dim=-1)
     if bool(((halves & 3) >= (halves >> 2)).any()):
@@ -115,9 +134,13 @@ def wrong_numbers(values: Tensor, indices: Tensor, k: int) -> str:
         return "values has the value -128; int8 weights lie in [-127, 127]"
     if not bool(torch.isfinite(values).all()):
         return "values has values that are not finite"
-    if bool((from_semi(values, indices, 2 * values.shape[1])[:, k:] != 0).any()):
-        return f"values has values beyond the {k} inputs"
     return ""
+
+
+def wrong_padding(values: Tensor, indices: Tensor, k: int) -> str:
+    """Whether there are weights beyond the ``k`` inputs of a layer; empty if there are none."""
+    beyond = from_semi(values, indices, 2 * values.shape[1])[:, k:]
+    return f"values has values beyond the {k} inputs" if bool((beyond != 0).any()) else ""
 
 
 def _groups(weight: Tensor) -> Tensor:

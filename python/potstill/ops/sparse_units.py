@@ -92,9 +92,10 @@ class Cutlass:
 
     def multiply(self, packed: Packed, rows: Tensor, bias: Tensor | None, algorithm: int) -> Tensor:
         """See :class:`Library`."""
+        values, places = packed
         if bias is None:
-            return torch._sparse_semi_structured_mm(*packed, rows.t()).t()
-        return torch._sparse_semi_structured_addmm(bias, *packed, rows.t()).t()
+            return torch._sparse_semi_structured_mm(values, places, rows.t()).t()
+        return torch._sparse_semi_structured_addmm(bias, values, places, rows.t()).t()
 
 
 def library(device: torch.device, dtype: torch.dtype) -> Library | None:

@@ -24,7 +24,7 @@ TABLE = {
 """The tiles for up to 16 rows, and for more. The layer is for few rows, whose time is that of reading the weight, 5/8
 of the dense one: at most 1.6 times the speed. A group takes 10 instructions of the integer units: by these an H100
 (132 x 64 a cycle, 1.7 GHz) expands 5.7 TB/s of dense bytes, for which it reads 3.6 TB/s, just more than its memory
-gives. A program has 2 stages of 10 KB under way, and 4 run at once: more than the 18 KB that the whole bandwidth takes.
+gives. A program has 2 stages of 10 KB under way, and 3 run at once: more than the 18 KB that the whole bandwidth takes.
 Nobody has measured it."""
 
 
