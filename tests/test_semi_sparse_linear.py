@@ -153,12 +153,14 @@ def test_int8_takes_them_for_many_rows_only(library: Emulated, monkeypatch: pyte
     assert not library.calls
     assert layer.tune(200)
     assert library.calls == ["compress", "search for 256 rows"]
-    given: list[int] = []
+    given: list[tuple[int, ...]] = []
     op = module.semi_sparse_int8_linear
-    monkeypatch.setattr(module, "semi_sparse_int8_linear", lambda *args: (given.append(len(args)), op(*args))[1])
+    monkeypatch.setattr(module, "semi_sparse_int8_linear", lambda *args: (given.append(args[8:]), op(*args))[1])
     for rows in (1, 64, 150, 256, 300):
         layer(torch.randn(rows, 96))
-    assert given == [7, 7, 9, 9, 7]
+    assert given == [(), (), (7,), (7,), (0,)]
+    assert layer.tune(250)
+    assert len(library.calls) == 2
 
 
 def test_what_is_packed_follows_the_layer(library: Emulated, tmp_path: Path) -> None:
@@ -192,6 +194,7 @@ def test_a_library_that_refuses_changes_nothing(library: Emulated, monkeypatch: 
     assert not layer.tune(10)
     assert layer.tuned == []
     assert torch.equal(layer(x), linear(x))
+    assert library.calls == ["compress"]
 
 
 def test_without_a_library_nothing_is_tuned() -> None:

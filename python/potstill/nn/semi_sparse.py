@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -94,7 +95,7 @@ class SemiSparseLinear(QuantizedLinear):
         self.tuned = _classes(tuned)
         self._packed: sparse_units.Packed | None = None
         self._packed_for: tuple[torch.device, torch.dtype] | None = None
-        self._algorithms: dict[int, int] = {}
+        self._algorithms: dict[int, int | None] = {}  # by class of rows; None: the library refuses these
         dtype = torch.int8 if weights == "int8" else torch.get_default_dtype()
         self._set_weight(*zeros(out_features, in_features, dtype))
         self.register_buffer("scale", torch.ones(out_features) if weights == "int8" else None)
@@ -139,7 +140,7 @@ class SemiSparseLinear(QuantizedLinear):
         if self.weights == "int8" and rows <= FEW:
             return False
         wanted = row_class(rows)
-        if not self._search(wanted):
+        if self._algorithms.get(wanted) is None and not self._search(wanted):
             return False
         self.tuned = _classes((*self.tuned, wanted))
         return True
@@ -155,11 +156,14 @@ class SemiSparseLinear(QuantizedLinear):
             y = ACTIVATIONS[self.activation](self._product(x))
             return y if residual is None else y + residual
         tensors = x, self.values, self.indices, self.scale, self.bias, self.activation, residual
-        rows = x.numel() // max(self.in_features, 1)
-        if self._packed is None or rows <= FEW or row_class(rows) not in self._algorithms:
+        rows = math.prod(x.shape[:-1])
+        if self._packed is None or rows <= FEW or (algorithm := self._algorithm(rows)) is None:
             return semi_sparse_int8_linear(*tensors)  # type: ignore[no-any-return]
-        algorithm = self._algorithms[row_class(rows)]
         return semi_sparse_int8_linear(*tensors, self._packed[0], algorithm)  # type: ignore[no-any-return]
+
+    def _algorithm(self, rows: int) -> int | None:
+        """The library's algorithm for so many rows, its first one if none was searched for."""
+        return self._algorithms.get(row_class(rows), 0)
 
     def _product(self, x: Tensor) -> Tensor:
         """With float weights; by the sparse units if it is tuned for them and no gradient is wanted: they have none."""
@@ -168,12 +172,11 @@ class SemiSparseLinear(QuantizedLinear):
             x = x.to(torch.get_autocast_dtype(device))
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, self.bias))
         rows = x.reshape(-1, self.in_features)
-        library = sparse_units.library(x.device, x.dtype)
-        usable = x.dtype == self.values.dtype and not wanted and row_class(len(rows)) in self._algorithms
-        if library is None or self._packed is None or not usable:
+        library, algorithm = sparse_units.library(x.device, x.dtype), self._algorithm(len(rows))
+        usable = x.dtype == self.values.dtype and not wanted
+        if library is None or self._packed is None or algorithm is None or not usable:
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self._dense().to(x.dtype), bias)
-        algorithm = self._algorithms[row_class(len(rows))]
         y = sparse_units.multiply(library, self._packed, rows, self.out_features, self.bias, algorithm)
         return y.view(*x.shape[:-1], self.out_features)
 
@@ -213,6 +216,7 @@ class SemiSparseLinear(QuantizedLinear):
                 self._packed_for = values.device, values.dtype
             self._algorithms[rows] = sparse_units.search(library, self._packed, example)
         except RuntimeError:
+            self._algorithms[rows] = None
             return False
         return True
 
