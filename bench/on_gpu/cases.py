@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from on_gpu import libraries
-from potstill.nn import Int4Linear, Int8Linear
-from potstill.ops import OPS
+from potstill.nn import Int4Linear, Int8Linear, SemiSparseLinear
+from potstill.ops import OPS, sparse_units
 from potstill.ops.op import Cost
 
 Call = Callable[[], Any]
@@ -38,6 +38,8 @@ def cases(small: bool) -> Iterator[Case]:
             yield Case("int8_linear", f"m={m} k={k} n={n}", partial(_int8, m, k, n))
     for m in (1, 20) if small else (1, 16, 256, 4096):
         yield Case("int4_linear", f"m={m} k={square[0]} n={square[1]} group=128", partial(_int4, m, *square))
+    for m in (3, 70) if small else (1, 16, 64, 256, 4096):
+        yield Case("semi_sparse_int8_linear", f"m={m} k={square[0]} n={square[1]}", partial(_semi, m, *square))
     rows, features = (8, 48) if small else (8192, 4096)
     yield Case("add_layer_norm", f"{rows} x {features}", partial(_norm, rows, features))
     table = 100 if small else 128256
@@ -85,6 +87,23 @@ def _int4(m: int, k: int, n: int, device: torch.device) -> Contest:
     layer = Int4Linear.from_float(linear, group_size=128)
     cost = Cost(int8_ops=2.0 * m * n * k, bytes=n * k / 2 + 2.0 * n * k / 128 + 2.0 * m * (n + k))
     return lambda: layer(x), cost, {"torch eager": lambda: linear(x)} | libraries.int4_linear(linear, x)
+
+
+def _semi(m: int, k: int, n: int, device: torch.device) -> Contest:
+    """Against the dense layers, and the same zeros in bfloat16 on the sparse units."""
+    linear = _linear(k, n, device)
+    linear.weight.view(n, k // 4, 4)[..., 1:3] = 0.0
+    x = torch.randn(m, k, device=device, dtype=HALF)
+    layer, dense = SemiSparseLinear.from_float(linear), Int8Linear.from_float(linear)
+    layer.tune(m)
+    rivals: dict[str, Call] = {"torch eager": lambda: linear(x), "int8_linear": lambda: dense(x)}
+    library = sparse_units.library(device, HALF)
+    if library is not None:
+        packed = sparse_units.compress(library, linear.weight)
+        algorithm = sparse_units.search(library, packed, x)
+        rivals[type(library).__name__] = lambda: sparse_units.multiply(library, packed, x, n, linear.bias, algorithm)
+    cost = Cost(int8_ops=1.0 * m * n * k, bytes=0.625 * n * k + 2.0 * m * (n + k))
+    return lambda: layer(x), cost, rivals
 
 
 def _linear(k: int, n: int, device: torch.device) -> torch.nn.Linear:

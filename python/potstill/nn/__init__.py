@@ -13,12 +13,13 @@ from potstill.nn.loss import KDLoss
 from potstill.nn.masked import MaskedConv2d, MaskedLinear
 from potstill.nn.norm import AddLayerNorm
 from potstill.nn.residual import LinearAddNorm
+from potstill.nn.semi_sparse import SemiSparseLinear
 from potstill.nn.shared import Int8LinearPart
 from potstill.nn.sparse import SparseLinear
 from potstill.nn.sparse_conv import SparseConv2d
 
 _LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
-_SPARSE = (MaskedLinear, MaskedConv2d, SparseLinear, SparseConv2d)
+_SPARSE = (MaskedLinear, MaskedConv2d, SparseLinear, SparseConv2d, SemiSparseLinear)
 KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer, *_SPARSE)}
 """Each drop-in layer by the name that checkpoints know it by."""
 
@@ -37,6 +38,7 @@ __all__ = [
     "LinearKDLoss",
     "MaskedConv2d",
     "MaskedLinear",
+    "SemiSparseLinear",
     "SparseConv2d",
     "SparseLinear",
 ]

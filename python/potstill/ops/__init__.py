@@ -8,6 +8,7 @@ from potstill.ops.int8_linear import int8_linear
 from potstill.ops.kd_loss import kd_loss
 from potstill.ops.linear_kd_loss import linear_kd_loss
 from potstill.ops.op import OPS, Op
+from potstill.ops.semi_sparse_int8_linear import semi_sparse_int8_linear
 from potstill.ops.sparse_int8_linear import sparse_int8_linear
 from potstill.ops.sparse_linear import sparse_linear
 from potstill.ops.topk import top_k
@@ -22,6 +23,7 @@ __all__ = [
     "int8_linear",
     "kd_loss",
     "linear_kd_loss",
+    "semi_sparse_int8_linear",
     "sparse_int8_linear",
     "sparse_linear",
     "top_k",

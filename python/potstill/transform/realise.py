@@ -9,11 +9,12 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from potstill.nn import Int8Linear, MaskedConv2d, SparseConv2d, SparseLinear
+from potstill.nn import Int8Linear, MaskedConv2d, SemiSparseLinear, SparseConv2d, SparseLinear
 from potstill.nn.float_linear import as_linear
 from potstill.nn.masked import Masked
 from potstill.nn.sparse import Weights
-from potstill.ops import sparse_int8_linear, sparse_linear
+from potstill.ops import semi_sparse_int8_linear, sparse_int8_linear, sparse_linear, sparse_units
+from potstill.ops.semi_sparse import is_semi
 from potstill.ops.sparse import ROWS, Rows, to_blocks
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
 from potstill.transform.observe import (
@@ -32,6 +33,11 @@ from potstill.transform.rules.linear import USUAL_ROWS, LinearToInt8
 from potstill.transform.swap import Site, replace, sites
 
 DENSE = "dense"
+_DENSE_FORMS = (DENSE, "int8")
+
+SEMI_DEVICES = frozenset({"cuda"})
+"""Types of devices on which zeros that are 2:4 may be worth something."""
+
 LEAST_ZEROS = 0.2
 """The share of a layer's blocks that must be zero for it to be made sparse: with fewer there is nothing to gain."""
 
@@ -57,14 +63,16 @@ def realise_(
     """Replaces every layer of ``model`` that has many zeros, in place, by the fastest layer that computes the same.
 
     These are the layers that :func:`prune_` masked, and linear layers with at least a fifth of their blocks of four
-    inputs zero, however they came to be.
+    inputs zero, or on a GPU two of each four inputs, however they came to be.
 
     - ``sample_input``: a tensor, a tuple of positional or a mapping of keyword arguments. The model is run on it once,
       in eval mode and without gradients, to see how many rows each layer gets; without it 1, 32 and 128 rows count.
     - ``weights``: "int8" or "float": what :class:`nn.SparseLinear` holds. With "int8" an :class:`nn.Int8Linear` with
       the zeros in it is a candidate too, and what a sparse layer has to beat.
-    - ``only_if_faster``: ``False`` makes every such linear layer sparse, in the order that is faster.
+    - ``only_if_faster``: ``False`` makes every such linear layer sparse, in the form that is fastest.
 
+    On a GPU a linear layer of whose weight at least two of each four inputs are zero may become a
+    :class:`nn.SemiSparseLinear`, "2:4 int8" or "2:4 float" in its row; a float one only in 16 bits.
     Masked convolutions become :class:`nn.SparseConv2d`, if there is a sample to measure them on. A masked layer whose
     zeros gain nothing becomes a plain ``nn.Linear`` or ``nn.Conv2d`` with zeros, or an int8 layer, and its row says
     why. What is new is frozen; gradients flow to the inputs.
@@ -108,10 +116,15 @@ def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster:
     module = layer.site.module
     plain: nn.Module = module.to_float().requires_grad_(False) if isinstance(module, Masked) else module
     layer.forms = {DENSE: plain}
-    layer.reason = _why_not(module, layer.calls, weights, sampled and only_if_faster)
+    layer.reason = _why_not(module, layer.calls, sampled and only_if_faster)
     if layer.reason:
         return
     linear = as_linear(plain)
+    if linear is not None and _takes_semi(linear, layer.calls, weights) and is_semi(linear.weight):
+        layer.forms[f"2:4 {weights}"] = SemiSparseLinear.from_float(linear, weights)
+    layer.reason = _no_kernel(plain, layer.calls, weights)
+    if layer.reason:
+        return
     if weights == "int8" and linear is not None:
         layer.forms["int8"] = Int8Linear.from_float(linear)
     if only_if_faster and _zero_blocks(plain) < LEAST_ZEROS:
@@ -139,24 +152,42 @@ def _has_zeros(site: Site) -> bool:
     if isinstance(site.module, Masked):
         return True
     linear = as_linear(site.module)
-    return linear is not None and not LinearToInt8().why_not(site) and _zero_blocks(linear) >= LEAST_ZEROS
+    if linear is None or LinearToInt8().why_not(site):
+        return False
+    return _zero_blocks(linear) >= LEAST_ZEROS or (linear.weight.device.type in SEMI_DEVICES and is_semi(linear.weight))
 
 
-def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, weights: Weights, must_be_called: bool) -> str:
+def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, must_be_called: bool) -> str:
     if isinstance(module, MaskedConv2d):
         if SparseConv2d.float_config(module.to_float()) is None:
             return "there is no sparse form of a Conv2d with groups, or with padding by name"
         if not calls.counts:
             return "a convolution is measured on the images of a sample, and it got none"
     weight = module.masked_weight() if isinstance(module, Masked) else module.get_parameter("weight")
-    op = sparse_int8_linear if weights == "int8" else sparse_linear
-    for dtype in {weight.dtype, *(call.used_dtype for call in calls.counts)}:
-        backend, why = op.backend(weight.device.type, dtype)
-        if backend != "kernel":
-            return why
     if not bool(torch.isfinite(weight).all()):
         return "weight has NaN or infinite values"
     return "the sample never calls it" if must_be_called and not calls.counts else ""
+
+
+def _no_kernel(plain: nn.Module, calls: RowCalls | BlockCalls, weights: Weights) -> str:
+    """Why there is no kernel for blocks of four inputs; empty if there is."""
+    weight, op = plain.get_parameter("weight"), sparse_int8_linear if weights == "int8" else sparse_linear
+    reasons = (op.backend(weight.device.type, dtype) for dtype in _dtypes(weight, calls))
+    return next((why for backend, why in reasons if backend != "kernel"), "")
+
+
+def _takes_semi(linear: nn.Linear, calls: RowCalls | BlockCalls, weights: Weights) -> bool:
+    """Whether there is something on the weight's device that is made for 2:4."""
+    device, dtypes = linear.weight.device, _dtypes(linear.weight, calls)
+    if device.type not in SEMI_DEVICES:
+        return False
+    if weights == "int8":
+        return all(semi_sparse_int8_linear.backend(device.type, dtype)[0] == "kernel" for dtype in dtypes)
+    return len(dtypes) == 1 and sparse_units.library(device, linear.weight.dtype) is not None
+
+
+def _dtypes(weight: Tensor, calls: RowCalls | BlockCalls) -> set[torch.dtype]:
+    return {weight.dtype, *(call.used_dtype for call in calls.counts)}
 
 
 def _counts(layer: _Pruned, sampled: bool) -> Mapping[Call, int]:
@@ -192,6 +223,9 @@ def _measure(layers: list[_Pruned], sampled: bool) -> None:
     comparisons: dict[Hashable, dict[str, Callable[[], object]]] = {}
     for layer in open_layers:
         for call in _counts(layer, sampled):
+            for form in layer.forms.values():
+                if isinstance(form, SemiSparseLinear):
+                    form.tune(call.rows)
             if _alike(layer, call) not in comparisons:
                 args = _arguments(layer, call)
                 ways = {name: calling(form, call, args, {}) for name, form in layer.forms.items()}
@@ -216,8 +250,8 @@ def _arguments(layer: _Pruned, call: Call) -> tuple[Tensor]:
 def _choose(layer: _Pruned, only_if_faster: bool) -> None:
     if not layer.seconds:
         return
-    dense = min((name for name in layer.forms if not name.startswith("sparse")), key=layer.seconds.__getitem__)
-    sparse = min((name for name in layer.forms if name.startswith("sparse")), key=layer.seconds.__getitem__, default="")
+    dense = min((name for name in layer.forms if name in _DENSE_FORMS), key=layer.seconds.__getitem__)
+    sparse = min((name for name in layer.forms if name not in _DENSE_FORMS), key=layer.seconds.__getitem__, default="")
     if not sparse:
         layer.chosen = dense
         return
@@ -225,7 +259,7 @@ def _choose(layer: _Pruned, only_if_faster: bool) -> None:
     what = "dense int8" if dense == "int8" else "dense"
     layer.chosen = sparse if ratio > _SMALLEST_GAIN or not only_if_faster else dense
     than = f"{ratio:.2f} times the speed of the {what} layer"
-    layer.reason = than if layer.chosen == sparse else f"sparse would have {than}"
+    layer.reason = than if layer.chosen == sparse else f"{sparse.split()[0]} would have {than}"
 
 
 def _row(layer: _Pruned) -> LayerRow:

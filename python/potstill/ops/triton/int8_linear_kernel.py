@@ -148,6 +148,16 @@ def repeat(x, ROWS: tl.constexpr, BK: tl.constexpr):
     return tl.reshape(tl.broadcast_to(x[None], (LEAST // ROWS, ROWS, BK)), (LEAST, BK))
 
 
+@triton.jit
+def row_scaling(x, factor, k, here, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """What :func:`scaling` says of the float rows at the pointers x [ROWS, 1]; WIDE columns are looked at at a time."""
+    wide = tl.arange(0, WIDE)[None, :]
+    bits = tl.zeros([ROWS, WIDE], tl.int32)
+    for at in range(0, k, WIDE):
+        bits = tl.maximum(bits, magnitude(load(x, factor, at + wide, k, here)))
+    return scaling(tl.max(bits, 1))
+
+
 @triton.jit(do_not_specialize=["m"])
 def fused_kernel(
     x, factor, x_scale, weight, scale, bias, residual, y, total, m, n, k, width, stride, span,
@@ -156,17 +166,13 @@ def fused_kernel(
 ):  # fmt: skip
     """As :func:`gemm_kernel`, from float rows x [m, k], m <= ROWS, that each program quantises for itself.
 
-    The weight is [n, width], 0 beyond k. Largest numbers are looked for WIDE columns at a time.
+    The weight is [n, width], 0 beyond k.
     """
     row = tl.arange(0, ROWS)
     depth = tl.arange(0, BK)[None, :]
     here = (row < m)[:, None]
     x += row.to(tl.int64)[:, None] * stride
-    wide = tl.arange(0, WIDE)[None, :]
-    bits = tl.zeros([ROWS, WIDE], tl.int32)
-    for at in range(0, k, WIDE):
-        bits = tl.maximum(bits, magnitude(load(x, factor, at + wide, k, here)))
-    used, inverse, own = scaling(tl.max(bits, 1))
+    used, inverse, own = row_scaling(x, factor, k, here, ROWS, WIDE)
     rows, columns = tl.arange(0, LEAST), tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
     start = part * span
