@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from potstill.nn import Int8Linear, MaskedConv2d, SparseConv2d, SparseLinear
+from potstill.nn import BlockSparseLinear, Int8Linear, MaskedConv2d, SparseConv2d, SparseLinear
 from potstill.nn.float_linear import as_linear
 from potstill.nn.masked import Masked
 from potstill.nn.sparse import Weights
-from potstill.ops import sparse_int8_linear, sparse_linear
+from potstill.ops import Op, block_sparse_linear, sparse_int8_linear, sparse_linear
+from potstill.ops.block_sparse import SIZES, as_blocks
 from potstill.ops.sparse import ROWS, Rows, to_blocks
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
 from potstill.transform.observe import (
@@ -32,8 +34,15 @@ from potstill.transform.rules.linear import USUAL_ROWS, LinearToInt8
 from potstill.transform.swap import Site, replace, sites
 
 DENSE = "dense"
+_NOT_SPARSE = (DENSE, "int8")
 LEAST_ZEROS = 0.2
 """The share of a layer's blocks that must be zero for it to be made sparse: with fewer there is nothing to gain."""
+
+LEAST_ZERO_BLOCKS = 0.5
+"""The share of a layer's square blocks that must be zero for it to be made of these."""
+
+_FEWER = 0.75
+"""Smaller blocks must leave at most this share of the larger ones' weights: larger ones are faster otherwise."""
 
 _SMALLEST_GAIN = 1.1
 """A sparse layer must be faster than the dense one by this factor: a smaller gain may be a timing's error."""
@@ -65,6 +74,8 @@ def realise_(
       the zeros in it is a candidate too, and what a sparse layer has to beat.
     - ``only_if_faster``: ``False`` makes every such linear layer sparse, in the order that is faster.
 
+    On GPUs, with float weights, layers whose zeros are whole square blocks of 16 to 128 may become
+    :class:`nn.BlockSparseLinear` as well.
     Masked convolutions become :class:`nn.SparseConv2d`, if there is a sample to measure them on. A masked layer whose
     zeros gain nothing becomes a plain ``nn.Linear`` or ``nn.Conv2d`` with zeros, or an int8 layer, and its row says
     why. What is new is frozen; gradients flow to the inputs.
@@ -108,10 +119,17 @@ def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster:
     module = layer.site.module
     plain: nn.Module = module.to_float().requires_grad_(False) if isinstance(module, Masked) else module
     layer.forms = {DENSE: plain}
-    layer.reason = _why_not(module, layer.calls, weights, sampled and only_if_faster)
+    layer.reason = _why_not(module, layer.calls, sampled and only_if_faster)
     if layer.reason:
         return
     linear = as_linear(plain)
+    if weights == "float" and linear is not None and not _no_kernel(block_sparse_linear, module, layer.calls):
+        for block in _block_sizes(linear.weight.detach()):
+            layer.forms[f"block sparse, {block}x{block}"] = BlockSparseLinear.from_float(linear, block)
+    op = sparse_int8_linear if weights == "int8" else sparse_linear
+    layer.reason = _no_kernel(op, module, layer.calls)
+    if layer.reason:
+        return
     if weights == "int8" and linear is not None:
         layer.forms["int8"] = Int8Linear.from_float(linear)
     if only_if_faster and _zero_blocks(plain) < LEAST_ZEROS:
@@ -120,6 +138,16 @@ def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster:
     for rows in ROWS:
         form = _sparse(plain if linear is None else linear, weights, rows)
         layer.forms[f"sparse {weights}, {rows} rows"] = form
+
+
+def _block_sizes(weight: Tensor) -> Iterator[int]:
+    """The largest square blocks of which enough are zero, and smaller ones that leave markedly fewer weights."""
+    least = math.inf
+    for size in SIZES:
+        kept = float((as_blocks(weight, size) != 0).flatten(2).any(-1).double().mean())
+        if kept <= 1.0 - LEAST_ZERO_BLOCKS and kept <= _FEWER * least:
+            least = kept
+            yield size
 
 
 def _sparse(plain: nn.Module, weights: Weights, rows: Rows) -> nn.Module:
@@ -142,21 +170,26 @@ def _has_zeros(site: Site) -> bool:
     return linear is not None and not LinearToInt8().why_not(site) and _zero_blocks(linear) >= LEAST_ZEROS
 
 
-def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, weights: Weights, must_be_called: bool) -> str:
+def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, must_be_called: bool) -> str:
     if isinstance(module, MaskedConv2d):
         if SparseConv2d.float_config(module.to_float()) is None:
             return "there is no sparse form of a Conv2d with groups, or with padding by name"
         if not calls.counts:
             return "a convolution is measured on the images of a sample, and it got none"
     weight = module.masked_weight() if isinstance(module, Masked) else module.get_parameter("weight")
-    op = sparse_int8_linear if weights == "int8" else sparse_linear
+    if not bool(torch.isfinite(weight).all()):
+        return "weight has NaN or infinite values"
+    return "the sample never calls it" if must_be_called and not calls.counts else ""
+
+
+def _no_kernel(op: Op, module: nn.Module, calls: RowCalls | BlockCalls) -> str:
+    """Why ``op`` has no kernel for what the layer gets; empty if it has."""
+    weight = module.get_parameter("weight")
     for dtype in {weight.dtype, *(call.used_dtype for call in calls.counts)}:
         backend, why = op.backend(weight.device.type, dtype)
         if backend != "kernel":
             return why
-    if not bool(torch.isfinite(weight).all()):
-        return "weight has NaN or infinite values"
-    return "the sample never calls it" if must_be_called and not calls.counts else ""
+    return ""
 
 
 def _counts(layer: _Pruned, sampled: bool) -> Mapping[Call, int]:
@@ -171,13 +204,13 @@ def _alike(layer: _Pruned, call: Call) -> Hashable:
     density = [
         round(_stored(form).sparsity, 2)
         for form in layer.forms.values()
-        if isinstance(form, SparseLinear | SparseConv2d)
+        if isinstance(form, SparseLinear | SparseConv2d | BlockSparseLinear)
     ]
     plain = layer.forms[DENSE]
-    return type(plain), _shape(plain), plain.bias is None, tuple(density[:1]), tuple(layer.forms), call
+    return type(plain), _shape(plain), plain.bias is None, tuple(density), tuple(layer.forms), call
 
 
-def _stored(form: SparseLinear | SparseConv2d) -> SparseLinear:
+def _stored(form: SparseLinear | SparseConv2d | BlockSparseLinear) -> SparseLinear | BlockSparseLinear:
     return form.linear if isinstance(form, SparseConv2d) else form
 
 
@@ -216,8 +249,8 @@ def _arguments(layer: _Pruned, call: Call) -> tuple[Tensor]:
 def _choose(layer: _Pruned, only_if_faster: bool) -> None:
     if not layer.seconds:
         return
-    dense = min((name for name in layer.forms if not name.startswith("sparse")), key=layer.seconds.__getitem__)
-    sparse = min((name for name in layer.forms if name.startswith("sparse")), key=layer.seconds.__getitem__, default="")
+    dense = min((name for name in layer.forms if name in _NOT_SPARSE), key=layer.seconds.__getitem__)
+    sparse = min((name for name in layer.forms if name not in _NOT_SPARSE), key=layer.seconds.__getitem__, default="")
     if not sparse:
         layer.chosen = dense
         return
