@@ -94,6 +94,10 @@ GOALS = (
     Goal("int8_linear", r"m=(1024|4096) ", "_int_mm alone", 0.9, without="our quantisation alone"),
     Goal("int8_linear", r"m=(1|16) k=8192 n=8192", share=0.6),
     Goal("int4_linear", r"m=1 k=8192 n=8192", seconds=35e-6),
+    *(  # nine tenths of what is stored, and a twentieth for the rest
+        Goal("block_sparse_linear", rf"m=4096 .* density={density}$", "torch eager", 1 / (density / 0.9 + 0.05))
+        for density in (0.1, 0.2, 0.5)
+    ),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import nn
 
 import potstill
 from potstill import Prune, prune_, realise_
-from potstill.nn import Int8Linear, MaskedLinear, SparseConv2d, SparseLinear
+from potstill.nn import BlockSparseLinear, Int8Linear, MaskedLinear, SparseConv2d, SparseLinear
 from potstill.nn.sparse import Weights
+from potstill.ops import block_sparse_linear, sparse_linear
 from potstill.timing import compare
+from potstill.transform import realise
 
 
 def mlp(k: int = 512, n: int = 512) -> nn.Sequential:
@@ -242,3 +245,74 @@ def test_a_realised_layer_cannot_be_pruned_again() -> None:
 def test_unknown_weights_are_an_error() -> None:
     with pytest.raises(ValueError, match="weights is 'int4', expected one of int8, float"):
         realise_(mlp(), weights="int4")  # type: ignore[arg-type]
+
+
+def block_pruned(model: nn.Sequential, sparsity: float, pattern: str) -> nn.Sequential:
+    prune_(model, Prune(sparsity=sparsity, pattern=pattern), include="0")
+    return model
+
+
+@pytest.fixture
+def with_block_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this CPU had a kernel for whole blocks, and none for small ones, as GPUs."""
+    kernel = block_sparse_linear.kernels["cuda"]
+    for op, kernels in ((block_sparse_linear, {"cpu": kernel}), (sparse_linear, {})):
+        monkeypatch.setitem(op.__dict__, "kernels", kernels)
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    """What the candidates are found to take: those that begin with a name; the dense layer takes 1."""
+
+    def fastest(comparisons: Any) -> Any:
+        of = {name.replace("_", " "): value for name, value in seconds.items()} | {"dense": 1.0}
+        return {
+            key: {way: next(value for name, value in of.items() if way.startswith(name)) for way in ways}
+            for key, ways in comparisons.items()
+        }
+
+    monkeypatch.setattr("potstill.transform.realise.fastest", fastest)
+
+
+@pytest.mark.usefixtures("with_block_kernel")
+def test_whole_blocks_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured(monkeypatch, block_sparse=0.5)
+    model, x = block_pruned(mlp(), 0.75, "64x64"), torch.randn(8, 512)
+    expected = model(x)
+    report = realise_(model, x, weights="float")
+    assert isinstance(model[0], BlockSparseLinear)
+    assert (model[0].block, model[0].blocks) == (64, 16)
+    assert report.rows[0].action == "block sparse"
+    assert "2.00 times the speed of the dense layer" in report.rows[0].reason
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    report = potstill.fuse_(model, x, only_if_faster=False)
+    assert [row.action for row in report.rows] == ["fused"]
+    assert model[0].activation == "relu"
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    potstill.save(model, tmp_path / "m.safetensors")
+    assert torch.equal(potstill.load(mlp(), tmp_path / "m.safetensors")(x), model(x))
+
+
+@pytest.mark.usefixtures("with_block_kernel")
+def test_whole_blocks_are_left_where_they_are_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, block_sparse=0.95)
+    model, x = block_pruned(mlp(), 0.75, "64x64"), torch.randn(8, 512)
+    report = realise_(model, x, weights="float")
+    assert type(model[0]) is nn.Linear
+    assert "sparse would have 1.05 times the speed" in report.rows[0].reason
+
+
+def test_whole_blocks_are_no_candidate_without_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, block_sparse=0.1, sparse=2.0)
+    model = block_pruned(mlp(), 0.75, "64x64")
+    realise_(model, torch.randn(8, 512), weights="float")
+    assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "sizes"),
+    [("128x128", 0.5, [128]), ("64x64", 0.75, [64]), ("32x32", 0.95, [64, 32]), ("16x16", 0.6, [16]), ("1x4", 0.9, [])],
+)
+def test_blocks_are_as_large_as_their_zeros(pattern: str, sparsity: float, sizes: list[int]) -> None:
+    layer = block_pruned(mlp(1024, 1024), sparsity, pattern)[0]
+    assert isinstance(layer, MaskedLinear)
+    assert list(realise._block_sizes(layer.masked_weight())) == sizes

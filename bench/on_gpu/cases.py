@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from on_gpu import libraries
-from potstill.nn import Int4Linear, Int8Linear, SemiSparseLinear
+from potstill.nn import BlockSparseLinear, Int4Linear, Int8Linear, SemiSparseLinear
 from potstill.ops import OPS, sparse_units
 from potstill.ops.op import Cost
 
@@ -33,6 +33,7 @@ class Case:
 def cases(small: bool) -> Iterator[Case]:
     """``small``: shapes for a rehearsal, which takes seconds on a CPU."""
     square, layers = ((64, 64), ((96, 64),)) if small else ((8192, 8192), ((4096, 4096), (8192, 8192), (4096, 14336)))
+    block = 16 if small else 64
     for m in (40, 3) if small else (4096, 1, 16, 1024, 256, 64):
         for k, n in layers:
             yield Case("int8_linear", f"m={m} k={k} n={n}", partial(_int8, m, k, n))
@@ -40,6 +41,11 @@ def cases(small: bool) -> Iterator[Case]:
         yield Case("int4_linear", f"m={m} k={square[0]} n={square[1]} group=128", partial(_int4, m, *square))
     for m in (3, 70) if small else (1, 16, 64, 256, 4096):
         yield Case("semi_sparse_int8_linear", f"m={m} k={square[0]} n={square[1]}", partial(_semi, m, *square))
+    for density in (0.1, 0.2, 0.5):
+        for m in (40, 3) if small else (4096, 16):
+            k, n = square
+            label = f"m={m} k={k} n={n} block={block} density={density}"
+            yield Case("block_sparse_linear", label, partial(_block_sparse, m, k, n, block, density))
     rows, features = (8, 48) if small else (8192, 4096)
     yield Case("add_layer_norm", f"{rows} x {features}", partial(_norm, rows, features))
     table = 100 if small else 128256
@@ -104,6 +110,18 @@ def _semi(m: int, k: int, n: int, device: torch.device) -> Contest:
         rivals[type(library).__name__] = lambda: sparse_units.multiply(library, packed, x, n, linear.bias, algorithm)
     cost = Cost(int8_ops=1.0 * m * n * k, bytes=0.625 * n * k + 2.0 * m * (n + k))
     return lambda: layer(x), cost, rivals
+
+
+def _block_sparse(m: int, k: int, n: int, block: int, density: float, device: torch.device) -> Contest:
+    linear = _linear(k, n, device)
+    kept = torch.rand(n // block, k // block, device=device) < density
+    linear.weight *= kept.repeat_interleave(block, 0).repeat_interleave(block, 1)
+    x = torch.randn(m, k, device=device, dtype=HALF)
+    layer = BlockSparseLinear.from_float(linear, block)
+    arguments = {"values": layer.values, "columns": layer.columns, "first": layer.first, "out_features": n}
+    rivals: dict[str, Call] = {"torch eager": lambda: linear(x)}
+    cost = OPS["block_sparse_linear"].cost(x, **arguments)
+    return lambda: layer(x), cost, rivals | libraries.block_sparse_linear(linear, x, block)
 
 
 def _linear(k: int, n: int, device: torch.device) -> torch.nn.Linear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,19 @@ def int4_linear(linear: nn.Linear, x: Tensor) -> dict[str, Call]:
         quantize_(model, Int4WeightOnlyConfig(group_size=128))
         found["torchao int4"] = lambda: model(x)
     return found
+
+
+def block_sparse_linear(linear: nn.Linear, x: Tensor, block: int) -> dict[str, Call]:
+    """torch's own product with a matrix of blocks, which it has as a Triton kernel."""
+    if not _installed("triton", x):
+        return {}
+    from torch.sparse._triton_ops import bsr_dense_addmm
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that torch's BSR is in beta
+        weight = linear.weight.to_sparse_bsr(block)
+    columns, bias = x.t(), linear.bias[:, None].expand(-1, len(x))
+    return {"torch BSR": lambda: bsr_dense_addmm(bias, weight, columns).t()}
 
 
 def linear_jsd(

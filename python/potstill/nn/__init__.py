@@ -4,6 +4,7 @@ from typing import Any
 
 from potstill.nn.activation import FusedActivation
 from potstill.nn.attention import Int8MultiheadAttention
+from potstill.nn.block_sparse import BlockSparseLinear
 from potstill.nn.embedding import Int8Embedding
 from potstill.nn.encoder import Int8TransformerEncoderLayer
 from potstill.nn.int4 import Int4Linear
@@ -19,13 +20,14 @@ from potstill.nn.sparse import SparseLinear
 from potstill.nn.sparse_conv import SparseConv2d
 
 _LAYERS = (Int8Linear, Int8LinearPart, Int4Linear, FusedActivation, Int8Embedding, Int8MultiheadAttention)
-_SPARSE = (MaskedLinear, MaskedConv2d, SparseLinear, SparseConv2d, SemiSparseLinear)
+_SPARSE = (MaskedLinear, MaskedConv2d, SparseLinear, SparseConv2d, SemiSparseLinear, BlockSparseLinear)
 KINDS: dict[str, Any] = {kind.kind: kind for kind in (*_LAYERS, Int8TransformerEncoderLayer, *_SPARSE)}
 """Each drop-in layer by the name that checkpoints know it by."""
 
 __all__ = [
     "KINDS",
     "AddLayerNorm",
+    "BlockSparseLinear",
     "FusedActivation",
     "Int4Linear",
     "Int8Embedding",

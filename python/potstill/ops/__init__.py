@@ -2,6 +2,7 @@
 
 from potstill.ops.add_layer_norm import add_layer_norm
 from potstill.ops.attention import attention
+from potstill.ops.block_sparse_linear import block_sparse_linear
 from potstill.ops.int4_linear import int4_linear
 from potstill.ops.int8_embedding import int8_embedding
 from potstill.ops.int8_linear import int8_linear
@@ -18,6 +19,7 @@ __all__ = [
     "Op",
     "add_layer_norm",
     "attention",
+    "block_sparse_linear",
     "int4_linear",
     "int8_embedding",
     "int8_linear",

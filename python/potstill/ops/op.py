@@ -97,8 +97,8 @@ class Op:
 
     >>> from potstill.ops import OPS
     >>> sorted(OPS)
-    ['add_layer_norm', 'attention', 'int4_linear', 'int8_embedding', 'int8_linear', 'kd_loss', 'linear_kd_loss', \
-'semi_sparse_int8_linear', 'sparse_int8_linear', 'sparse_linear']
+    ['add_layer_norm', 'attention', 'block_sparse_linear', 'int4_linear', 'int8_embedding', 'int8_linear', 'kd_loss', \
+'linear_kd_loss', 'semi_sparse_int8_linear', 'sparse_int8_linear', 'sparse_linear']
     """
 
     schema: str

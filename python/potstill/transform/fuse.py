@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from potstill.errors import ConversionError
-from potstill.nn import FusedActivation, Int8Linear, Int8LinearPart, LinearAddNorm, SparseLinear
+from potstill.nn import BlockSparseLinear, FusedActivation, Int8Linear, Int8LinearPart, LinearAddNorm, SparseLinear
 from potstill.nn.activation import activation_name
 from potstill.nn.shared import link, why_not_shared
 from potstill.transform.attention_interface import NAME, TORCH, attention_models, switch
@@ -24,7 +24,7 @@ from potstill.transform.swap import Undo, all_of, replace, sites
 from potstill.transform.table import text_table
 from potstill.transform.trace import Trace, trace
 
-Fusable = Int8Linear | SparseLinear
+Fusable = Int8Linear | SparseLinear | BlockSparseLinear
 """Layers that may apply an activation and be part of a block's end."""
 
 What = Literal["activation", "shared input", "residual", "attention"]
@@ -119,7 +119,7 @@ def fuse_(model: nn.Module, sample_input: Sample, only_if_faster: bool = True) -
     )
     """
     names = {site.module: site.names for site in sites(model, nn.Module)}
-    layers = [m for m in names if isinstance(m, Int8Linear | SparseLinear) and not isinstance(m, Int8LinearPart)]
+    layers = [m for m in names if isinstance(m, Fusable) and not isinstance(m, Int8LinearPart)]
     activations = [m for m in names if not isinstance(m, FusedActivation) and activation_name(m)]
     seen = trace(model, layers, activations, sample_input)
     candidates = [
@@ -172,7 +172,7 @@ def _activations(model: nn.Module, seen: Trace, names: dict[nn.Module, tuple[str
             continue
         layer = next(iter(layers))
         name = activation_name(module)
-        if not isinstance(layer, Int8Linear | SparseLinear) or name is None:
+        if not isinstance(layer, Fusable) or name is None:
             continue
         fused, gone = _with_activation(layer, name), FusedActivation.of(module, name)
         yield _Candidate(

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from potstill.nn import Int8Linear, MaskedConv2d, SemiSparseLinear, SparseConv2d, SparseLinear
+from potstill.nn import BlockSparseLinear, Int8Linear, MaskedConv2d, SemiSparseLinear, SparseConv2d, SparseLinear
 from potstill.nn.float_linear import as_linear
 from potstill.nn.masked import Masked
 from potstill.nn.sparse import Weights
-from potstill.ops import semi_sparse_int8_linear, sparse_int8_linear, sparse_linear, sparse_units
+from potstill.ops import (
+    Op,
+    block_sparse_linear,
+    semi_sparse_int8_linear,
+    sparse_int8_linear,
+    sparse_linear,
+    sparse_units,
+)
+from potstill.ops.block_sparse import SIZES, as_blocks
 from potstill.ops.semi_sparse import is_semi
 from potstill.ops.sparse import ROWS, Rows, to_blocks
 from potstill.transform.measure import autocast, calling, fastest, geometric_mean, snr_db
@@ -40,6 +49,12 @@ SEMI_DEVICES = frozenset({"cuda"})
 
 LEAST_ZEROS = 0.2
 """The share of a layer's blocks that must be zero for it to be made sparse: with fewer there is nothing to gain."""
+
+LEAST_ZERO_BLOCKS = 0.5
+"""The share of a layer's square blocks that must be zero for it to be made of these."""
+
+_FEWER = 0.75
+"""Smaller blocks must leave at most this share of the larger ones' weights: larger ones are faster otherwise."""
 
 _SMALLEST_GAIN = 1.1
 """A sparse layer must be faster than the dense one by this factor: a smaller gain may be a timing's error."""
@@ -72,7 +87,8 @@ def realise_(
     - ``only_if_faster``: ``False`` makes every such linear layer sparse, in the form that is fastest.
 
     On a GPU a linear layer of whose weight at least two of each four inputs are zero may become a
-    :class:`nn.SemiSparseLinear`, "2:4 int8" or "2:4 float" in its row; a float one only in 16 bits.
+    :class:`nn.SemiSparseLinear`, "2:4 int8" or "2:4 float" in its row, a float one only in 16 bits; with float weights
+    one whose zeros are whole square blocks of 16 to 128 may become a :class:`nn.BlockSparseLinear`.
     Masked convolutions become :class:`nn.SparseConv2d`, if there is a sample to measure them on. A masked layer whose
     zeros gain nothing becomes a plain ``nn.Linear`` or ``nn.Conv2d`` with zeros, or an int8 layer, and its row says
     why. What is new is frozen; gradients flow to the inputs.
@@ -120,9 +136,10 @@ def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster:
     if layer.reason:
         return
     linear = as_linear(plain)
-    if linear is not None and _takes_semi(linear, layer.calls, weights) and is_semi(linear.weight):
-        layer.forms[f"2:4 {weights}"] = SemiSparseLinear.from_float(linear, weights)
-    layer.reason = _no_kernel(plain, layer.calls, weights)
+    if linear is not None:
+        layer.forms |= _gpu_forms(linear, layer.calls, weights)
+    op = sparse_int8_linear if weights == "int8" else sparse_linear
+    layer.reason = _no_kernel(op, plain, layer.calls)
     if layer.reason:
         return
     if weights == "int8" and linear is not None:
@@ -133,6 +150,16 @@ def _make_forms(layer: _Pruned, weights: Weights, sampled: bool, only_if_faster:
     for rows in ROWS:
         form = _sparse(plain if linear is None else linear, weights, rows)
         layer.forms[f"sparse {weights}, {rows} rows"] = form
+
+
+def _block_sizes(weight: Tensor) -> Iterator[int]:
+    """The largest square blocks of which enough are zero, and smaller ones that leave markedly fewer weights."""
+    least = math.inf
+    for size in SIZES:
+        kept = float((as_blocks(weight, size) != 0).flatten(2).any(-1).double().mean())
+        if kept <= 1.0 - LEAST_ZERO_BLOCKS and kept <= _FEWER * least:
+            least = kept
+            yield size
 
 
 def _sparse(plain: nn.Module, weights: Weights, rows: Rows) -> nn.Module:
@@ -169,11 +196,22 @@ def _why_not(module: nn.Module, calls: RowCalls | BlockCalls, must_be_called: bo
     return "the sample never calls it" if must_be_called and not calls.counts else ""
 
 
-def _no_kernel(plain: nn.Module, calls: RowCalls | BlockCalls, weights: Weights) -> str:
-    """Why there is no kernel for blocks of four inputs; empty if there is."""
-    weight, op = plain.get_parameter("weight"), sparse_int8_linear if weights == "int8" else sparse_linear
+def _no_kernel(op: Op, module: nn.Module, calls: RowCalls | BlockCalls) -> str:
+    """Why ``op`` has no kernel for what the layer gets; empty if it has."""
+    weight = module.get_parameter("weight")
     reasons = (op.backend(weight.device.type, dtype) for dtype in _dtypes(weight, calls))
     return next((why for backend, why in reasons if backend != "kernel"), "")
+
+
+def _gpu_forms(linear: nn.Linear, calls: RowCalls | BlockCalls, weights: Weights) -> dict[str, nn.Module]:
+    """What only GPUs have kernels for: zeros that are 2:4, and whole square blocks of them."""
+    forms: dict[str, nn.Module] = {}
+    if _takes_semi(linear, calls, weights) and is_semi(linear.weight):
+        forms[f"2:4 {weights}"] = SemiSparseLinear.from_float(linear, weights)
+    if weights == "float" and not _no_kernel(block_sparse_linear, linear, calls):
+        for block in _block_sizes(linear.weight.detach()):
+            forms[f"block sparse, {block}x{block}"] = BlockSparseLinear.from_float(linear, block)
+    return forms
 
 
 def _takes_semi(linear: nn.Linear, calls: RowCalls | BlockCalls, weights: Weights) -> bool:
@@ -182,7 +220,7 @@ def _takes_semi(linear: nn.Linear, calls: RowCalls | BlockCalls, weights: Weight
     if device.type not in SEMI_DEVICES:
         return False
     if weights == "int8":
-        return all(semi_sparse_int8_linear.backend(device.type, dtype)[0] == "kernel" for dtype in dtypes)
+        return not _no_kernel(semi_sparse_int8_linear, linear, calls)
     return len(dtypes) == 1 and sparse_units.library(device, linear.weight.dtype) is not None
 
 
@@ -202,13 +240,13 @@ def _alike(layer: _Pruned, call: Call) -> Hashable:
     density = [
         round(_stored(form).sparsity, 2)
         for form in layer.forms.values()
-        if isinstance(form, SparseLinear | SparseConv2d)
+        if isinstance(form, SparseLinear | SparseConv2d | BlockSparseLinear)
     ]
     plain = layer.forms[DENSE]
-    return type(plain), _shape(plain), plain.bias is None, tuple(density[:1]), tuple(layer.forms), call
+    return type(plain), _shape(plain), plain.bias is None, tuple(density), tuple(layer.forms), call
 
 
-def _stored(form: SparseLinear | SparseConv2d) -> SparseLinear:
+def _stored(form: SparseLinear | SparseConv2d | BlockSparseLinear) -> SparseLinear | BlockSparseLinear:
     return form.linear if isinstance(form, SparseConv2d) else form
 
 

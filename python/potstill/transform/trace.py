@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from potstill.nn import Int8Linear, SparseLinear
+from potstill.nn import BlockSparseLinear, Int8Linear, SparseLinear
 from potstill.nn.shared import version
 from potstill.transform.observe import Call, Sample, autocast_dtype, run
 
@@ -97,7 +97,10 @@ class _Watch(TorchFunctionMode):
 
 
 def trace(
-    model: nn.Module, layers: Iterable[Int8Linear | SparseLinear], activations: Iterable[nn.Module], sample: Sample
+    model: nn.Module,
+    layers: Iterable[Int8Linear | SparseLinear | BlockSparseLinear],
+    activations: Iterable[nn.Module],
+    sample: Sample,
 ) -> Trace:
     """Runs ``model`` once on ``sample``, as :func:`observe.run` does, and returns what was seen.
 

@@ -42,7 +42,7 @@ def halves(x):
 def finish(
     sums, row_scale, rows, first, scale, bias, residual, y, m, n, PIECE: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Stores the results of integer sums in ``rows`` and the columns from ``first`` on.
+    """Stores the results of sums in ``rows`` and the columns from ``first`` on; those of integers have scales.
 
     PIECE columns at a time, as what all of them need besides their sums would not fit the registers.
     """
@@ -53,7 +53,9 @@ def finish(
     else:
         columns = first + tl.arange(0, sums.shape[1])
         inside = columns < n
-        x = sums.to(tl.float32) * (row_scale[:, None] * tl.load(scale + columns, mask=inside, other=0.0)[None, :])
+        x = sums.to(tl.float32)
+        if scale is not None:
+            x *= row_scale[:, None] * tl.load(scale + columns, mask=inside, other=0.0)[None, :]
         if bias is not None:
             x += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
         x = activate(x, ACTIVATION)
