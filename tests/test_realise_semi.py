@@ -14,7 +14,7 @@ import torch
 from tests.sparse_unit_calls import Emulated
 from torch import nn
 
-from potstill import Prune, prune_, realise_
+from potstill import Prune, fuse_, prune_, realise_
 from potstill.nn import Int8Linear, MaskedLinear, SemiSparseLinear
 from potstill.ops import semi_sparse_int8_linear, sparse_units
 
@@ -60,6 +60,17 @@ def test_the_faster_one_is_chosen(library: Emulated, speed: Speed) -> None:
     assert library.calls.count("compress") == 2
     assert float((model(x) - expected).norm() / expected.norm()) < 0.02
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_its_activation_is_fused(library: Emulated, speed: Speed) -> None:
+    model, x = pruned()
+    speed(times(semi_int8=0.4))
+    realise_(model, x)
+    expected = model(x)
+    assert [row.action for row in fuse_(model, x, only_if_faster=False).rows] == ["fused"]
+    assert isinstance(model[0], SemiSparseLinear)
+    assert model[0].activation == "relu"
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_float_weights_are_there_in_16_bits(library: Emulated, speed: Speed) -> None:

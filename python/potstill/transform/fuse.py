@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from potstill.errors import ConversionError
-from potstill.nn import BlockSparseLinear, FusedActivation, Int8Linear, Int8LinearPart, LinearAddNorm, SparseLinear
+from potstill.nn import (
+    BlockSparseLinear,
+    FusedActivation,
+    Int8Linear,
+    Int8LinearPart,
+    LinearAddNorm,
+    SemiSparseLinear,
+    SparseLinear,
+)
 from potstill.nn.activation import activation_name
 from potstill.nn.shared import link, why_not_shared
 from potstill.transform.attention_interface import NAME, TORCH, attention_models, switch
@@ -24,8 +32,8 @@ from potstill.transform.swap import Undo, all_of, replace, sites
 from potstill.transform.table import text_table
 from potstill.transform.trace import Trace, trace
 
-Fusable = Int8Linear | SparseLinear | BlockSparseLinear
-"""Layers that may apply an activation and be part of a block's end."""
+Fusable = Int8Linear | SparseLinear | SemiSparseLinear | BlockSparseLinear
+"""Layers that may apply an activation."""
 
 What = Literal["activation", "shared input", "residual", "attention"]
 

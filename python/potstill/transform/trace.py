@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from potstill.nn import BlockSparseLinear, Int8Linear, SparseLinear
 from potstill.nn.shared import version
 from potstill.transform.observe import Call, Sample, autocast_dtype, run
 
@@ -98,7 +97,7 @@ class _Watch(TorchFunctionMode):
 
 def trace(
     model: nn.Module,
-    layers: Iterable[Int8Linear | SparseLinear | BlockSparseLinear],
+    layers: Iterable[nn.Module],
     activations: Iterable[nn.Module],
     sample: Sample,
 ) -> Trace:
