@@ -102,6 +102,36 @@ def demo(
     console.print(Text(f"The report: {out / 'report.html'}"))
 
 
+@app.command()
+def distill(
+    recipe: Annotated[
+        str, typer.Argument(help="A Python file with a function recipe(), or module:function; it returns a Recipe.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint, the student and the report.")] = Path(
+        "potstill-distill"
+    ),
+    plan: Annotated[
+        str | None, typer.Option(help='How processes share the student, such as "dp=2,tp=2"; by rows unless given.')
+    ] = None,
+    teacher_plan: Annotated[
+        str | None, typer.Option(help='How they share the teacher, such as "tp=4"; each has all of it unless given.')
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of what the recipe says.")] = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the checkpoint in the folder, if there is one.")] = True,
+) -> None:
+    """Train a student as a recipe says, also on several processes that torchrun has started.
+
+    Run it again with the same folder to continue after an interruption, with as many processes as you like.
+    """
+    from potstill.launch import REPORT, launch
+    from potstill.parallel import Plan
+
+    plans = [None if text is None else Plan.parse(text) for text in (plan, teacher_plan)]
+    record = launch(recipe, out, *plans, steps=steps, resume=resume)
+    if record is not None:
+        typer.echo(f"{len(record['losses'])} steps; the report: {out / REPORT}")
+
+
 @bench_app.command("linear")
 def bench_linear(
     m: Annotated[Sizes, typer.Option("--m", min=1, help="Rows of the input; repeat for several.")] = _ROWS,

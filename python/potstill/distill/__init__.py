@@ -12,6 +12,7 @@ from potstill.distill.int8_teacher import Int8Teacher, int8_teacher
 from potstill.distill.on_policy import OnPolicy
 from potstill.distill.plan import EarlyStopping, TrainingPlan
 from potstill.distill.pruning import GradualPruning
+from potstill.distill.recipe import Recipe
 from potstill.distill.sequence_level import teacher_sequences
 from potstill.distill.strategies import (
     DIST,
@@ -60,6 +61,7 @@ __all__ = [
     "OnPolicy",
     "Outputs",
     "ProjectedStrategy",
+    "Recipe",
     "Relational",
     "Run",
     "Search",

@@ -138,6 +138,15 @@ def mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     return replace(batch, args=args, kwargs=kwargs, target=function(batch.target))
 
 
+def rows_of(values: Any, rows: int, place: slice) -> Any:
+    """Of every tensor with that many ``rows``, also those inside tuples, lists and dictionaries, the ones at ``place``.
+
+    >>> rows_of({"x": torch.arange(4), "scale": torch.ones(())}, 4, slice(1, 3))
+    {'x': tensor([1, 2]), 'scale': tensor(1.)}
+    """
+    return _map(values, lambda x: x[place] if x.dim() and len(x) == rows else x)
+
+
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from potstill.distill.batch import Batch, Outputs
+from potstill.distill.batch import Batch, Outputs, rows_of
 from potstill.distill.cache import CachedTeacher
 from potstill.distill.callbacks import Callback
 from potstill.distill.features import Features
@@ -19,8 +19,13 @@ from potstill.distill.history import History
 from potstill.distill.int8_teacher import Int8Teacher, int8_teacher
 from potstill.distill.loop import Loop, Validate, mode
 from potstill.distill.plan import TrainingPlan
+from potstill.distill.processes import Processes, RowsAlike
 from potstill.distill.strategies.strategy import Strategy
 from potstill.nn.quantized import QuantizedLinear
+
+if TYPE_CHECKING:
+    from potstill.distill.spread import Spread
+    from potstill.parallel import Plan
 
 Weight = float | Callable[[int], float]
 Weighted = Strategy | tuple[Weight, Strategy]
@@ -38,6 +43,9 @@ class Distiller:
     - ``teacher_error``: learns from an int8 copy of the teacher if that is faster on the ``sample``, and the relative
       error of what it returns, and of its layers that the strategies read, is at most this: see :func:`int8_teacher`,
       whose result is then in the attribute of that name.
+    - ``parallel``: how processes share the student, and ``teacher_parallel`` the teacher: by data, shard and tensor.
+      Both models are changed in place, at once, and need the ``sample``; ``fit`` then leaves each process its part of
+      the student, of which ``parallel.full_state_dict(distiller.student)`` is the whole. None: each has all of it.
 
     Batches are moved to the device of the student's first parameter; the teacher must be on it too.
     Raises :class:`ValueError` or :class:`TypeError` when an argument does not fit the others.
@@ -58,12 +66,16 @@ class Distiller:
         *,
         sample: Any = None,
         teacher_error: float | None = None,
+        parallel: Plan | None = None,
+        teacher_parallel: Plan | None = None,
     ) -> None:
         self.teacher = teacher
         self.student = student
         self._terms = _weighted(strategies)
         self.strategies = nn.ModuleList(strategy for _, strategy in self._terms)
         self.names = _names(self.strategies)
+        self.spread: Spread | None = None
+        self.rows_alike: RowsAlike | None = None
         self._check()
         for _, strategy in self._terms:
             strategy.attach(student, teacher)
@@ -73,6 +85,7 @@ class Distiller:
         # Integer layers are fast as they are, and what they cost was measured in float32.
         modules = () if self.teacher is None else self.teacher.modules()
         self._quantised = any(isinstance(module, QuantizedLinear) for module in modules)
+        self._spread(sample, parallel, teacher_parallel)
 
     @property
     def device(self) -> torch.device:
@@ -109,6 +122,8 @@ class Distiller:
 
         Under ``torchrun``, or where torch's default process group exists, each process trains on its rows of every
         batch: see :class:`Processes`. All give the same loader; the first writes the checkpoint, which all must see.
+        Any number of processes, under any plan, may resume it. ``validate`` is called on all of them, the callbacks on
+        the first only: those must not run a student that processes share.
 
         Where another process dies or hangs, :class:`RuntimeError` names it; it is waited for as many seconds as the
         variable ``POTSTILL_TIMEOUT`` says, or 600.
@@ -147,8 +162,9 @@ class Distiller:
             return self.contributions(batch, factors, student=student).sum()
 
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters of the student and the strategies that require a gradient."""
-        return [p for p in (*self.student.parameters(), *self.strategies.parameters()) if p.requires_grad]
+        """All parameters of the student and the strategies that require a gradient: of a shared student, the parts."""
+        own = self.student.parameters() if self.spread is None else self.spread.parameters
+        return [p for p in (*own, *self.strategies.parameters()) if p.requires_grad]
 
     def rows(self, batch: Batch) -> list[int]:
         """How many rows of a batch count for each strategy."""
@@ -171,7 +187,10 @@ class Distiller:
         self, batch: Batch, factors: Sequence[float], *, bf16: bool = False, student: nn.Module | None = None
     ) -> Tensor:
         """Each strategy's term times its factor, [strategies]; exactly 0, and not computed, where the factor is 0."""
-        outputs = self._outputs(batch, bf16, student)
+        return self.terms(self.outputs(batch, bf16=bf16, student=student), factors)
+
+    def terms(self, outputs: Outputs, factors: Sequence[float]) -> Tensor:
+        """As :meth:`contributions`, of what the models have returned."""
         terms = [
             factor * _scalar(strategy, strategy(outputs)) if factor else None
             for factor, (_, strategy) in zip(factors, self._terms, strict=True)
@@ -185,12 +204,21 @@ class Distiller:
         for index, (weight, strategy) in enumerate(self._terms):
             factor = "schedule" if callable(weight) else weight
             settings[f"strategies[{index}]"] = f"{factor} * {type(strategy).__name__}({strategy.extra_repr()})"
-        for name, value in self.student.state_dict().items():
-            settings[f"student.{name}"] = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else "other"
-        return settings
+        return settings | (_forms(self.student) if self.spread is None else self.spread.forms)
 
-    def _outputs(self, batch: Batch, bf16: bool = False, student: nn.Module | None = None) -> Outputs:
-        output, features = self._taught(batch, bf16)
+    def outputs(
+        self,
+        batch: Batch,
+        *,
+        bf16: bool = False,
+        student: nn.Module | None = None,
+        shown: tuple[Batch, slice] | None = None,
+    ) -> Outputs:
+        """What both models return for a batch; ``shown``: what the teacher is run on, and which rows of it they are."""
+        output, features = self._taught(batch if shown is None else shown[0], bf16)
+        if shown is not None:
+            names = self._layers(teacher=True)
+            output, features = rows_of((output, {n: features[n] for n in names}), len(shown[0].target), shown[1])
         with self._autocast(bf16), Features(self.student, self._layers(teacher=False)) as own:
             answer = batch.feed(self.student if student is None else student)
         return Outputs(batch, answer, output, own, features)
@@ -242,9 +270,42 @@ class Distiller:
             for model in (self.student, self.teacher):
                 if model is not None:
                     stack.enter_context(mode(model, training=False))
-            outputs = self._outputs(Batch.of(sample).to(self.device))
+            outputs = self.outputs(Batch.of(sample).to(self.device))
         for _, strategy in self._terms:
             strategy.prepare(outputs)
+
+    def _spread(self, sample: Any, own: Plan | None, taught: Plan | None) -> None:
+        plans = {"parallel": own, "teacher_parallel": taught}
+        if not any(plans.values()):
+            return
+        if taught is not None and (self.teacher is None or isinstance(self.teacher, CachedTeacher)):
+            raise ValueError(f"Distiller: teacher_parallel is {taught}, but there is no teacher to be spread; drop it")
+        from potstill.distill.spread import (
+            Spread,
+            check,
+            spread_,
+            whole_everywhere,
+        )  # here: much of torch comes with it
+
+        processes = Processes.joined(self.device, lambda: "Distiller")
+        for name, plan in plans.items():
+            if plan is not None:
+                check(plan, name, processes.world)
+        shared = {name for name, plan in plans.items() if not whole_everywhere(plan)}
+        if not shared:
+            return
+        if sample is None:
+            raise ValueError(
+                f"Distiller: {min(shared)} is {plans[min(shared)]}, which needs sample=next(iter(loader)), on which it "
+                "runs the model to see how it may be cut"
+            )
+        batch = Batch.of(sample).to(self.device)
+        if own is not None and "parallel" in shared:
+            processes.equalise(self.student.state_dict().values())
+            self.spread = Spread(self.student, own, batch, self._layers(teacher=False), _forms(self.student))
+        if taught is not None and self.teacher is not None and "teacher_parallel" in shared:
+            spread_(self.teacher, taught, batch, self._layers(teacher=True), "teacher")
+        self.rows_alike = RowsAlike.under(own, taught)
 
     def _check(self) -> None:
         needy = [type(strategy).__name__ for _, strategy in self._terms if strategy.needs_teacher]
@@ -272,6 +333,14 @@ def _weighted(strategies: Strategy | Sequence[Weighted]) -> list[tuple[Weight, S
     if not terms:
         raise ValueError("Distiller: strategies is empty; pass at least one, such as SoftTargets()")
     return terms
+
+
+def _forms(student: nn.Module) -> dict[str, object]:
+    """The dtype and shape of each tensor of the student's state."""
+    return {
+        f"student.{name}": f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else "other"
+        for name, value in student.state_dict().items()
+    }
 
 
 def _names(strategies: Iterable[nn.Module]) -> list[str]:

@@ -71,7 +71,7 @@ class Loop:
         self._checkpoint, self._every = checkpoint, every
         with ExitStack() as stack:
             self._processes = processes = Processes.joined(
-                distiller.device, self._place, lambda: self._interrupts.waiting > 0
+                distiller.device, self._place, lambda: self._interrupts.waiting > 0, distiller.rows_alike
             )
             stack.enter_context(Chance(distiller.device).kept())
             stack.enter_context(mode(distiller.student, training=True))
@@ -79,7 +79,9 @@ class Loop:
             stack.enter_context(recomputed(distiller.student, plan.recompute))
             if distiller.teacher is not None:
                 stack.enter_context(mode(distiller.teacher, training=False))
-            processes.equalise([*distiller.student.state_dict().values(), *distiller.strategies.state_dict().values()])
+            if distiller.spread is None:
+                processes.equalise(distiller.student.state_dict().values())
+            processes.equalise(distiller.strategies.state_dict().values())
             self._training = Training(distiller, plan, plan.total(_length(self._loader)), processes)
             if checkpoint is not None and resume and processes.largest(processes.rank == 0 and checkpoint.exists()):
                 self._load(checkpoint)
@@ -187,10 +189,14 @@ class Loop:
         if self._processes.world > 1:  # a signal reaches the processes at different steps; all must leave at the same
             signal = self._processes.largest(self._interrupts.waiting)
             if signal:
+                if self._checkpoint is not None and self._distiller.spread is not None:
+                    self._save(self._checkpoint)  # here, where all are: they save together
                 self._interrupts.deliver(signal)
 
     def _validation(self) -> dict[str, float]:
-        self._processes.equalise(self._training.model.buffers())
+        spread = self._distiller.spread
+        group = None if spread is None else spread.replicas
+        self._processes.equalise(self._training.model.buffers(), group)
         if self._validate is None:
             return {}
         with mode(self._training.model, training=False), torch.no_grad():
@@ -272,18 +278,21 @@ class Loop:
             try:
                 yield
             except (KeyboardInterrupt, SystemExit):
-                if self._whole:
+                if self._whole and self._distiller.spread is None:
                     self._save(self._checkpoint)
                 raise
 
     def _save(self, path: Path) -> None:
+        if self._processes.rank > 0 and self._distiller.spread is None:
+            return
+        models = self._training.state()
         if self._processes.rank > 0:
             return
         state.write(
             path,
             {
                 "settings": self._settings(),
-                **self._training.state(),
+                **models,
                 "history": self._history.to_dict(),
                 "batches": self._batches,
                 "seconds": self._seconds,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
 
-from potstill.distill.batch import Batch
+from potstill.distill.batch import Batch, mapped, rows_of
 from potstill.distill.history import Epoch
 from potstill.distill.plan import TrainingPlan
 from potstill.distill.processes import Processes
@@ -40,7 +41,7 @@ class Training:
         self.optimizer = plan.make_optimizer(distiller.parameters())
         self._check_optimizer()
         self.scheduler = plan.make_scheduler(self.optimizer, steps)
-        self._average = None if plan.ema is None else _averaged(distiller.student, plan.ema)
+        self._average = None if plan.ema is None else self._averaged(plan.ema)
         self._dtype = torch.float32 if distiller.device.type == "mps" else torch.float64  # of the losses' sums
         self._best: dict[str, Any] = {"value": None, "epoch": 0, "student": None}
         self.settings = {
@@ -74,13 +75,13 @@ class Training:
         weights = distiller.weights(number)
         if not any(weight and total for weight, total in zip(weights, totals, strict=True)):
             return None
-        self.optimizer.zero_grad()
+        self._begin()
         losses: list[Tensor] = []
         for batch in group:
             with processes.random(self._plan.seed, number):
-                losses.append(self._backward(processes.share(batch), weights, totals))
+                losses.append(self._backward(batch, weights, totals))
         parameters = _parameters(self.optimizer)
-        processes.sum_gradients(parameters)
+        self._sum_gradients(parameters)
         terms = processes.sum(torch.stack(losses))
         found = self._update(parameters, terms, lambda index: f"step {number}: {where(index)}")
         if self._average is not None:
@@ -90,18 +91,67 @@ class Training:
     def _backward(self, batch: Batch, weights: Sequence[float], totals: Sequence[int]) -> Tensor:
         # The mean over the rows of the group is the sum of the micro-batches' means, each times its share of rows.
         distiller = self._distiller
-        shares = (count / max(total, 1) for count, total in zip(distiller.rows(batch), totals, strict=True))
+        mine = self._processes.share(batch)
+        shares = (count / max(total, 1) for count, total in zip(distiller.rows(mine), totals, strict=True))
         factors = [weight * share for weight, share in zip(weights, shares, strict=True)]
+        if distiller.rows_alike is not None:
+            return self._backward_together(batch, factors)
         if not any(factors):
             return torch.zeros(len(factors), dtype=self._dtype, device=distiller.device)
-        terms = distiller.contributions(batch.to(distiller.device), factors, bf16=self._plan.precision == "bf16")
+        terms = distiller.contributions(mine.to(distiller.device), factors, bf16=self._plan.precision == "bf16")
         terms.sum().backward()
         return terms.detach().to(self._dtype)
 
+    def _backward_together(self, batch: Batch, factors: Sequence[float]) -> Tensor:
+        """The same where processes share a model: all run it, forward and backward, also those whose rows do not count.
+
+        The gradient of the student's output is 0 there, so that the same parameters have one everywhere.
+        """
+        distiller = self._distiller
+        (shown, own), gain = self._processes.shown(batch), self._gain
+        shown = shown.to(distiller.device)
+        mine = mapped(shown, lambda x: rows_of(x, len(shown.target), own))
+        outputs = distiller.outputs(mine, bf16=self._plan.precision == "bf16", shown=(shown, own))
+        terms = distiller.terms(outputs, [gain * factor for factor in factors])
+        reached = [x for x in tree_leaves(getattr(outputs.student, "logits", outputs.student)) if _trained(x)]
+        ends = [x for x in (terms.sum(), *reached) if x.requires_grad]
+        if ends:
+            own_terms = [None] if terms.requires_grad else []
+            torch.autograd.backward(ends, [*own_terms, *map(torch.zeros_like, reached)])
+        return terms.detach().to(self._dtype) / gain
+
+    @property
+    def _gain(self) -> int:
+        """By what the loss is multiplied, since a spread student's gradients are averaged over its replicas."""
+        return 1 if self._distiller.spread is None else self._processes.replicas
+
+    def _begin(self) -> None:
+        self.optimizer.zero_grad()
+        if self._distiller.spread is not None:
+            self._distiller.spread.begin()
+
+    def _sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        spread = self._distiller.spread
+        if spread is not None:
+            spread.collect()
+        self._processes.sum_gradients(self._not_spread(parameters), 1.0 / self._gain)
+
+    def _not_spread(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+        spread = self._distiller.spread
+        held = set() if spread is None else set(map(id, spread.parameters))
+        return [parameter for parameter in parameters if id(parameter) not in held]
+
+    def _norm(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Of the whole gradient."""
+        spread = self._distiller.spread
+        gradients = [p.grad for p in self._not_spread(parameters) if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in gradients])
+        if spread is None:
+            return norm
+        return (self._processes.total(spread.square()) + norm.double().square()).sqrt()
+
     def _update(self, parameters: list[nn.Parameter], terms: Tensor, where: Where) -> Step:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        dense = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-        norm = torch.nn.utils.get_total_norm(dense)
+        norm = self._norm(parameters)
         *contributions, size = torch.cat((terms.sum(0), norm.to(terms).reshape(1))).tolist()
         loss = math.fsum(contributions) if all(map(math.isfinite, contributions)) else math.nan
         if not math.isfinite(loss) or not math.isfinite(size):
@@ -133,23 +183,28 @@ class Training:
             )
         value = epoch.validation[rule.metric]
         if rule.better(value, self._best["value"]):
-            student = copy.deepcopy(self.model.state_dict())
+            spread = self._distiller.spread
+            student = copy.deepcopy(self.model.state_dict()) if spread is None else spread.state()
             self._best = {"value": value, "epoch": epoch.epoch, "student": student}
         return epoch.epoch - int(self._best["epoch"]) >= rule.patience
 
     def finish(self) -> None:
         """Gives the student the weights that the run was for: of the best epoch, or the averaged ones."""
         if self._best["student"] is not None:
-            self._distiller.student.load_state_dict(self._best["student"])
+            self._load_student(self._best["student"])
         elif self._average is not None:
             self._distiller.student.load_state_dict(self._average.module.state_dict())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the models and the optimiser; nothing of the teacher."""
+        """What a checkpoint holds of the models and the optimiser; nothing of the teacher.
+
+        Of a spread student all processes must call it; it is the same under any plan.
+        """
+        spread, optimizer = self._distiller.spread, self.optimizer
         return {
-            "student": self._distiller.student.state_dict(),
+            "student": self._distiller.student.state_dict() if spread is None else spread.state(),
             "strategies": self._distiller.strategies.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer.state_dict() if spread is None else spread.optimizer_state(optimizer),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "best": self._best,
@@ -157,14 +212,31 @@ class Training:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state` gave to a checkpoint."""
-        self._distiller.student.load_state_dict(saved["student"])
+        if self._distiller.spread is None:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        else:
+            self._distiller.spread.load_optimizer(self.optimizer, saved["optimizer"], saved["student"])
+        self._load_student(saved["student"])
         self._distiller.strategies.load_state_dict(saved["strategies"])
-        self.optimizer.load_state_dict(saved["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(saved["scheduler"])
         if self._average is not None:
             self._average.load_state_dict(saved["average"])
         self._best = saved["best"]
+
+    def _load_student(self, whole: Mapping[str, Tensor]) -> None:
+        if self._distiller.spread is None:
+            self._distiller.student.load_state_dict(whole)
+        else:
+            self._distiller.spread.load(whole)
+
+    def _averaged(self, decay: float) -> AveragedModel:
+        if self._distiller.spread is not None:
+            raise ValueError(
+                f"TrainingPlan: ema is {decay}, a copy of the whole student, but {self._distiller.spread.plan} leaves "
+                "each process a part of it; set ema=None, or spread the student by data alone"
+            )
+        return _averaged(self._distiller.student, decay)
 
     def _check_optimizer(self) -> None:
         distiller = self._distiller
@@ -207,6 +279,10 @@ def _group_settings(optimizer: Optimizer) -> dict[str, object]:
         for index, group in enumerate(optimizer.param_groups)
         for key, value in group.items()
     }
+
+
+def _trained(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -37,21 +37,28 @@ def copies(part: nn.Module, mesh: DeviceMesh) -> dict[str, int]:
 
 
 @torch.no_grad()
+def square(part: nn.Module, copied: Mapping[str, int]) -> Tensor:
+    """What this rank adds to the squared norm of the whole model's gradients, in float64; see :func:`copies`."""
+    total = torch.zeros((), dtype=torch.float64, device=next(part.parameters()).device)
+    for name, parameter in part.named_parameters():
+        if parameter.grad is not None:
+            total += _local(parameter.grad).double().square().sum() / copied[name]
+    return total
+
+
+@torch.no_grad()
 def clip(part: nn.Module, copied: Mapping[str, int], max_norm: float) -> Tensor:
     """Scales the gradients of ``part`` so that those of the whole model have at most ``max_norm``; returns what it was.
 
     ``copied``: from :func:`copies`. One collective over all ranks.
     """
-    gradients = [(name, _local(p.grad)) for name, p in part.named_parameters() if p.grad is not None]
-    device = next(part.parameters()).device
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    for name, gradient in gradients:
-        squares += gradient.double().square().sum() / copied[name]
+    squares = square(part, copied)
     dist.all_reduce(squares)
     norm = squares.sqrt()
     scale = (max_norm / (norm + _TINY)).clamp(max=1.0)
-    for _, gradient in gradients:
-        gradient.mul_(scale)
+    for parameter in part.parameters():
+        if parameter.grad is not None:
+            _local(parameter.grad).mul_(scale)
     return norm
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from potstill.nn import KINDS, SparseLinear
@@ -30,8 +31,19 @@ def _bytes(value: Tensor) -> Any:
     return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
+def settle(model: nn.Module) -> None:
+    """Puts away the gathered parameters that FSDP leaves in ``model`` after a forward pass without a backward pass.
+
+    What is written to these would be lost.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def full(model: nn.Module) -> State:
     """What the ``state_dict`` of the unsplit model would be, on the CPU; all ranks must call it."""
+    settle(model)
     found: State = {}
     for name, module in owners(model):
         own = _whole_split(module) if isinstance(module, SplitLinear) else _own(module)
@@ -165,6 +177,7 @@ def load(model: nn.Module, whole: Mapping[str, Tensor]) -> set[str]:
 
     Raises :class:`ValueError` for what does not fit.
     """
+    settle(model)
     left = dict(whole)
     for name, module in owners(model):
         prefix = f"{name}." if name else ""
