@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from potstill.distill import Distiller, EarlyStopping, HardLabels, HiddenStates, SoftTargets, TrainingPlan
 from potstill.parallel import Plan
 
-FEATURES, CLASSES, ROWS, BATCH, EPOCHS = 12, 5, 41, 8, 3  # the last batch of an epoch has one row
+FEATURES, CLASSES, BATCH, EPOCHS = 12, 5, 8, 3
+ROWS = {torch.float32: 41, torch.float64: 46}  # of the last batch of an epoch one process has a row, or each
 STEPS = EPOCHS * 3  # of two batches each
 STOP = 4  # in the second epoch, of which a step is taken then
 
@@ -54,8 +55,9 @@ def model(width: int, seed: int, dtype: torch.dtype) -> nn.Sequential:
 
 def rows(dtype: torch.dtype) -> TensorDataset:
     random = torch.Generator().manual_seed(1)
-    x = torch.randn(ROWS, FEATURES, generator=random, dtype=torch.float64).to(dtype)
-    y = torch.randint(CLASSES, (ROWS,), generator=random)
+    count = ROWS[dtype]
+    x = torch.randn(count, FEATURES, generator=random, dtype=torch.float64).to(dtype)
+    y = torch.randint(CLASSES, (count,), generator=random)
     y[::7] = -100
     return TensorDataset(x, y)
 
