@@ -145,7 +145,7 @@ def lesson(teacher: nn.Module, student: nn.Module, loader: list[Any]) -> Distill
         teacher,
         student,
         [
-            (3.0, HiddenStates("model.encoder.layer.*", "layers.*")),
+            (100.0, HiddenStates("model.encoder.layer.*", "layers.*")),
             (10.0, HiddenStates("pool", loss="cosine")),
             (300.0, Similarity("pool")),
         ],
