@@ -38,9 +38,9 @@ def launch(
     Raises :class:`ValueError`, before anything is loaded, if a plan does not fit the number of processes.
     """
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
-    for shared in (parallel, teacher_parallel):
-        if shared is not None:
-            shared.check(world)
+    for layout in (parallel, teacher_parallel):
+        if layout is not None:
+            layout.check(world)
     torch.manual_seed(0)
     recipe = Recipe.read(where)
     folder.mkdir(parents=True, exist_ok=True)

@@ -48,7 +48,7 @@ class Recipe:
         :class:`RuntimeError` where it raises, from that error.
 
         >>> Path("small.py").write_text("def recipe():\\n    return 1\\n")
-        29
+        27
         >>> Recipe.read("small.py")
         Traceback (most recent call last):
         ...
