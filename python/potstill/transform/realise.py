@@ -297,7 +297,8 @@ def _choose(layer: _Pruned, only_if_faster: bool) -> None:
     what = "dense int8" if dense == "int8" else "dense"
     layer.chosen = sparse if ratio > _SMALLEST_GAIN or not only_if_faster else dense
     than = f"{ratio:.2f} times the speed of the {what} layer"
-    layer.reason = than if layer.chosen == sparse else f"{sparse.split()[0]} would have {than}"
+    name = sparse.split(",")[0].removesuffix(" int8").removesuffix(" float")
+    layer.reason = than if layer.chosen == sparse else f"{name} would have {than}"
 
 
 def _row(layer: _Pruned) -> LayerRow:
