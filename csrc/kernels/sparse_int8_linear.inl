@@ -55,44 +55,44 @@ struct SparseScratch {
   char* cells;        // tiles, or rows
   char* per_thread;   // rows of cells before they are transposed, and sums
   int64_t row_bytes;  // of a row of cells
+  int64_t tile_bytes;
 
-  int64_t tile_bytes(int64_t blocks) const { return tile_blocks(blocks) * kTileRows * 4; }
   int64_t thread_bytes() const { return kLanes * row_bytes + kRunSums * 4; }
   char* mine() const { return per_thread + thread_index() * thread_bytes(); }
   int32_t* sums() const { return reinterpret_cast<int32_t*>(mine() + kLanes * row_bytes); }
 
-  SparseScratch(const SparseInt8Linear& a, int64_t rows) : row_bytes(cell_row_bytes(a.weight.blocks())) {
+  SparseScratch(const SparseInt8Linear& a, const Tiles& tiles)
+      : row_bytes(cell_row_bytes(a.weight.blocks())), tile_bytes(tile_blocks(a.weight.blocks()) * tiles.width * 4) {
     scales = static_cast<RowScale*>(a.dense.scratch);
     cells = reinterpret_cast<char*>(scales + kRowsPerPass);
-    per_thread = cells + (a.weight.few ? rows * row_bytes : tile_count(rows) * tile_bytes(a.weight.blocks()));
+    per_thread = cells + (a.weight.few ? tiles.rows * row_bytes : tiles.count() * tile_bytes);
   }
 };
 
 size_t sparse_int8_linear_scratch(const SparseInt8Linear& a) {
-  int64_t rows = smaller(a.dense.m, kRowsPerPass);
-  SparseScratch s(a, rows);
+  SparseScratch s(a, Tiles(smaller(a.dense.m, kRowsPerPass), a.weight));
   return static_cast<size_t>(s.per_thread - static_cast<char*>(a.dense.scratch) + max_threads() * s.thread_bytes());
 }
 
 // Quantises kLanes rows, or what is left of them, into their place in a tile.
 template <class T>
-void fill_tile(const SparseInt8Linear& a, const SparseScratch& s, int64_t first, int64_t row, int64_t rows) {
+void fill_tile(const SparseInt8Linear& a, const SparseScratch& s, const Tiles& tiles, int64_t first, int64_t row) {
   auto cells = reinterpret_cast<int8_t*>(s.mine());
-  int64_t blocks = a.weight.blocks(), count = smaller(kLanes, rows - row), tile = row / kTileRows;
+  int64_t blocks = a.weight.blocks(), count = smaller(kLanes, tiles.rows - row), tile = row / tiles.width;
   for (int r = 0; r < kLanes; ++r) {
     int8_t* to = cells + r * s.row_bytes;
     r < count ? static_cast<void>(s.scales[row + r] = cell_row<T>(a, first + row + r, to))
               : static_cast<void>(memset(to, kZeroCell, static_cast<size_t>(blocks * 4)));
   }
-  int64_t width = tile_rows(rows, tile);
-  auto out = reinterpret_cast<int32_t*>(s.cells + tile * s.tile_bytes(blocks)) + row % kTileRows;
+  int64_t width = tiles.width_of(tile);
+  auto out = reinterpret_cast<int32_t*>(s.cells + tile * s.tile_bytes) + row % tiles.width;
   for (int64_t b = 0; b < blocks; b += kLanes) {
     transpose(reinterpret_cast<const int32_t*>(cells) + b, s.row_bytes / 4, out + b * width, width);
   }
 }
 
 template <class T, int Rows>
-void many_rows(const Pass& pass, const SparseInt8Linear& a, const SparseScratch& s, int64_t rows, int64_t tile,
+void many_rows(const Pass& pass, const SparseInt8Linear& a, const SparseScratch& s, const Tiles& tiles, int64_t tile,
                int64_t first, int64_t last) {
   const SparseWeight& w = a.weight;
   auto end = [&](int64_t strip, const int32_t* sums) {
@@ -101,14 +101,14 @@ void many_rows(const Pass& pass, const SparseInt8Linear& a, const SparseScratch&
       const float* scales = a.dense.scale;
       const RowScale* of_rows = pass.scales;
       int64_t first_row = pass.first_row;
-      turn_strip<Rows>(sums, output.y + first_row * w.n, w.n, strip, tile * kTileRows, rows,
+      turn_strip<Rows>(sums, output.y + first_row * w.n, w.n, strip, tile * tiles.width, tiles.rows,
                        [=](int64_t row, int64_t column, int lanes, const int32_t* turned) {
                          F scale = mul(set1(of_rows[row].scale), load_n(scales + column, lanes, 0.0f));
                          output.template write<A>(first_row + row, column, lanes, mul(to_float(iload(turned)), scale));
                        });
     });
   };
-  tile_of_strips<Int8Cell, Rows>(w, s.cells + tile * s.tile_bytes(w.blocks()), first, last, s.sums(), end);
+  tile_of_strips<Int8Cell, Rows>(w, s.cells + tile * s.tile_bytes, first, last, s.sums(), end);
 }
 
 template <class T, int R>
@@ -161,21 +161,21 @@ void sparse_int8_linear_of(const SparseInt8Linear& a) {
   const Int8Linear& dense = a.dense;
   for (int64_t first = 0; first < dense.m; first += kRowsPerPass) {
     int64_t rows = smaller(kRowsPerPass, dense.m - first);
-    SparseScratch s(a, smaller(dense.m, kRowsPerPass));
+    Tiles tiles(rows, a.weight);
+    SparseScratch s(a, tiles);
     Pass pass{dense, nullptr, s.scales, first};
-    bool threads = rows * dense.k >= kMinQuantiseForThreads;
     if (a.weight.few) {
-      parallel_for(rows, threads, [&](int64_t row) {
+      parallel_for(rows, rows * dense.k >= kMinQuantiseForThreads, [&](int64_t row) {
         s.scales[row] = cell_row<T>(a, first + row, reinterpret_cast<int8_t*>(s.cells) + row * s.row_bytes);
       });
       for_panels<kFewRows>(a.weight, rows,
                            [&]<int R>(int64_t row, int64_t panel) { few_rows<T, R>(pass, a, s, row, panel); });
     } else {
-      parallel_for(parts_of(rows, kLanes), threads,
-                   [&](int64_t block) { fill_tile<T>(a, s, first, block * kLanes, rows); });
-      for_strips(a.weight, rows, [&]<int Rows>(int64_t tile, int64_t from, int64_t to) {
-        many_rows<T, Rows>(pass, a, s, rows, tile, from, to);
-      });
+      for_strips(
+          a.weight, tiles, [&](int64_t row) { fill_tile<T>(a, s, tiles, first, row); },
+          [&]<int Rows>(int64_t tile, int64_t from, int64_t to) {
+            many_rows<T, Rows>(pass, a, s, tiles, tile, from, to);
+          });
     }
   }
 }

@@ -41,17 +41,18 @@ struct FloatScratch {
   float* mine() const { return per_thread + thread_index() * thread_floats; }
   float* sums() const { return mine() + kLanes * row_floats; }
 
-  FloatScratch(const SparseLinear& a, int64_t rows) : ends(static_cast<float*>(a.scratch)), cells(ends + kRowsPerPass) {
+  FloatScratch(const SparseLinear& a, const Tiles& tiles)
+      : ends(static_cast<float*>(a.scratch)), cells(ends + kRowsPerPass) {
     int64_t blocks = a.weight.blocks();
-    tile_floats = tile_blocks(blocks) * kTileRows * 4;
+    tile_floats = tile_blocks(blocks) * tiles.width * 4;
     row_floats = round_up(blocks, kWindow) * 4 + kLanes;
     thread_floats = kLanes * row_floats + kRunSums;
-    per_thread = cells + round_up(a.weight.few ? rows * row_floats : tile_count(rows) * tile_floats, 16);
+    per_thread = cells + round_up(a.weight.few ? tiles.rows * row_floats : tiles.count() * tile_floats, 16);
   }
 };
 
 size_t sparse_linear_scratch(const SparseLinear& a) {
-  FloatScratch s(a, smaller(a.m, kRowsPerPass));
+  FloatScratch s(a, Tiles(smaller(a.m, kRowsPerPass), a.weight));
   return static_cast<size_t>(s.per_thread - s.ends + max_threads() * s.thread_floats) * sizeof(float);
 }
 
@@ -70,15 +71,15 @@ float float_row(const SparseLinear& a, int64_t row, float* to) {
 }
 
 template <class T>
-void fill_tile(const SparseLinear& a, const FloatScratch& s, int64_t first, int64_t row, int64_t rows) {
-  int64_t inputs = round_up(a.k, 4), count = smaller(kLanes, rows - row), tile = row / kTileRows;
+void fill_tile(const SparseLinear& a, const FloatScratch& s, const Tiles& tiles, int64_t first, int64_t row) {
+  int64_t inputs = round_up(a.k, 4), count = smaller(kLanes, tiles.rows - row), tile = row / tiles.width;
   for (int64_t r = 0; r < kLanes; ++r) {
     float* to = s.mine() + r * s.row_floats;
     r < count ? static_cast<void>(s.ends[row + r] = float_row<T>(a, first + row + r, to))
               : static_cast<void>(memset(to, 0, static_cast<size_t>(inputs) * sizeof(float)));
   }
-  int64_t width = tile_rows(rows, tile);
-  auto out = reinterpret_cast<int32_t*>(s.cells + tile * s.tile_floats) + row % kTileRows;
+  int64_t width = tiles.width_of(tile);
+  auto out = reinterpret_cast<int32_t*>(s.cells + tile * s.tile_floats) + row % tiles.width;
   for (int64_t i = 0; i < inputs; i += kLanes) {
     transpose(reinterpret_cast<const int32_t*>(s.mine()) + i, s.row_floats, out + i * width, width);
   }
@@ -108,14 +109,14 @@ void finish(const SparseLinear& a, int64_t row, int64_t column, int columns, con
 }
 
 template <class T, int Rows>
-void many_rows(const SparseLinear& a, const FloatScratch& s, int64_t first, int64_t rows, int64_t tile, int64_t from,
-               int64_t to) {
+void many_rows(const SparseLinear& a, const FloatScratch& s, const Tiles& tiles, int64_t first, int64_t tile,
+               int64_t from, int64_t to) {
   auto end = [&](int64_t strip, const float* sums) {
     with_activation(a.activation, [&]<Activation A>() {
       const Output<T> output(a);
       int64_t first_row = first;
       const float* ends = s.ends;
-      turn_strip<Rows>(sums, output.y + first_row * a.n, a.n, strip, tile * kTileRows, rows,
+      turn_strip<Rows>(sums, output.y + first_row * a.n, a.n, strip, tile * tiles.width, tiles.rows,
                        [=](int64_t row, int64_t column, int lanes, const int32_t* turned) {
                          F y = add(from_bits(iload(turned)), set1(ends[row]));
                          output.template write<A>(first_row + row, column, lanes, y);
@@ -166,17 +167,17 @@ template <class T>
 void sparse_linear_of(const SparseLinear& a) {
   for (int64_t first = 0; first < a.m; first += kRowsPerPass) {
     int64_t rows = smaller(kRowsPerPass, a.m - first);
-    FloatScratch s(a, smaller(a.m, kRowsPerPass));
-    bool threads = rows * a.k >= kMinQuantiseForThreads;
+    Tiles tiles(rows, a.weight);
+    FloatScratch s(a, tiles);
     if (a.weight.few) {
-      parallel_for(rows, threads, [&](int64_t row) { fill_row<T>(a, s, first, row); });
+      parallel_for(rows, rows * a.k >= kMinQuantiseForThreads, [&](int64_t row) { fill_row<T>(a, s, first, row); });
       for_panels<1>(a.weight, rows, [&]<int>(int64_t row, int64_t panel) { few_rows<T>(a, s, first, row, panel); });
     } else {
-      parallel_for(parts_of(rows, kLanes), threads,
-                   [&](int64_t block) { fill_tile<T>(a, s, first, block * kLanes, rows); });
-      for_strips(a.weight, rows, [&]<int Rows>(int64_t tile, int64_t from, int64_t to) {
-        many_rows<T, Rows>(a, s, first, rows, tile, from, to);
-      });
+      for_strips(
+          a.weight, tiles, [&](int64_t row) { fill_tile<T>(a, s, tiles, first, row); },
+          [&]<int Rows>(int64_t tile, int64_t from, int64_t to) {
+            many_rows<T, Rows>(a, s, tiles, first, tile, from, to);
+          });
     }
   }
 }
