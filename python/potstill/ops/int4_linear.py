@@ -154,7 +154,7 @@ def _cpu(
             f"int4_linear: weight has the layout of GPUs, {list(weight.shape)}, but x is on the CPU, whose kernels "
             "take it packed; laid_out(weight, n, k, 'cpu') does that, and Int4Linear.to(device) by itself"
         )
-    y = x.new_empty((*x.shape[:-1], n))
+    y = x.new_empty(*x.shape[:-1], n)
     rows = x.numel() // x.shape[-1] if x.shape[-1] else y.numel() // max(n, 1)
     _C.int4_linear(x.reshape(rows, x.shape[-1]).contiguous(), weight, scale, zero, bias, y.view(rows, n), n, group_size)
     return y

@@ -54,7 +54,7 @@ def _cpu(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    y = x.new_empty((*x.shape[:-1], out_features))
+    y = x.new_empty(*x.shape[:-1], out_features)
     rows = math.prod(x.shape[:-1])
     x = x.reshape(rows, x.shape[-1]).contiguous()
     if residual is not None:

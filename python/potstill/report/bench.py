@@ -179,8 +179,8 @@ def table(title: str, rows: Sequence[BenchRow]) -> Table:
 
 
 def contestants(op: Op, arguments: dict[str, Any]) -> dict[str, Callable[[], Any]]:
-    """``op`` as "ours", and its rivals, on the same arguments."""
-    ours = partial(op, **arguments) if op.run is None else op.run(**arguments)
+    """``op`` as "ours", called as layers call it, and its rivals, on the same arguments."""
+    ours = partial(op, *op.shortest(**arguments)) if op.run is None else op.run(**arguments)
     return {"ours": ours} | op.rivals(**arguments)
 
 
