@@ -111,7 +111,11 @@ def test_a_function_of_a_module(small: Path, tmp_path: Path, monkeypatch: pytest
         (SMALL, ["--teacher-plan", "tp=4"], "Plan: tp=4 needs 4 devices but there are 1; with 1 fit: dp=1"),
         (SMALL, ["--plan", "x=2"], "Plan: 'x=2' in 'x=2' is not understood"),
         ("", [], "has no function recipe(); it is to return a potstill.distill.Recipe"),
-        ("def recipe():\n    return 3\n", [], "recipe() returned a int; expected a potstill.distill.Recipe"),
+        (
+            "def recipe():\n    return 3\n",
+            [],
+            "recipe() returned an object of type int; expected a potstill.distill.Recipe",
+        ),
     ],
 )
 def test_mistakes_are_one_line(text: str, arguments: list[str], message: str, tmp_path: Path) -> None:

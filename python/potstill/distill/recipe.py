@@ -52,13 +52,14 @@ class Recipe:
         >>> Recipe.read("small.py")
         Traceback (most recent call last):
         ...
-        ValueError: small.py: recipe() returned a int; expected a potstill.distill.Recipe
+        ValueError: small.py: recipe() returned an object of type int; expected a potstill.distill.Recipe
         """
         found = _function(where)
         name = f"{where}: {FUNCTION}()" if where.endswith(".py") else f"{where}()"
         recipe = _run(where, found)
         if not isinstance(recipe, cls):
-            raise ValueError(f"{name} returned a {type(recipe).__name__}; expected a potstill.distill.Recipe")
+            kind = type(recipe).__name__
+            raise ValueError(f"{name} returned an object of type {kind}; expected a potstill.distill.Recipe")
         return recipe
 
 

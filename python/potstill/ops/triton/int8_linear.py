@@ -49,17 +49,8 @@ def launch(
         rows = x.reshape(m, k)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        ends: dict[str, Any] = {
-            "scale": scale,
-            "bias": bias,
-            "residual": None if residual is None else residual.contiguous(),
-            "y": y,
-            "m": m,
-            "n": n,
-            "PIECE": PIECE if n % 16 == 0 else PIECE // 2,  # what is not aligned takes more registers
-            "ACTIVATION": activation,
-            "enable_fp_fusion": False,  # so that each way rounds alike, and as the reference
-        }
+        ends = operands.ends(scale, bias, activation, residual, y, m, n)
+        ends["PIECE"] = PIECE if n % 16 == 0 else PIECE // 2  # what is not aligned takes more registers
         with torch.cuda.device_of(x):
             _run(rows, factor, weight, ends)
     return y

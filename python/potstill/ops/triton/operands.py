@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,3 +23,19 @@ def check(op: str, x: Tensor, operands: Mapping[str, Expected]) -> None:
                 f"{op}: {name} is {given.dtype} {list(given.shape)} on {given.device}, expected contiguous "
                 f"{dtype or 'floats'} {list(shape)} on {x.device}"
             )
+
+
+def ends(
+    scale: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None, y: Tensor, m: int, n: int
+) -> dict[str, Any]:
+    """What the end of an int8 layer's kernel takes to make [m, n] results of sums."""
+    return {
+        "scale": scale,
+        "bias": bias,
+        "residual": None if residual is None else residual.contiguous(),
+        "y": y,
+        "m": m,
+        "n": n,
+        "ACTIVATION": activation,
+        "enable_fp_fusion": False,  # so that each way rounds alike, and as the reference
+    }

@@ -57,16 +57,7 @@ def launch(
         rows = x.reshape(m, k)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        ends: dict[str, Any] = {
-            "scale": scale,
-            "bias": bias,
-            "residual": None if residual is None else residual.contiguous(),
-            "y": y,
-            "m": m,
-            "n": n,
-            "ACTIVATION": activation,
-            "enable_fp_fusion": False,  # so that each way rounds alike, and as the reference
-        }
+        ends = operands.ends(scale, bias, activation, residual, y, m, n)
         with torch.cuda.device_of(x):
             if packed is None:
                 _run(rows, values, indices, ends)

@@ -50,16 +50,7 @@ def launch(
     y = x.new_empty((*x.shape[:-1], n))
     m = math.prod(x.shape[:-1])
     if y.numel() > 0:
-        ends: dict[str, Any] = {
-            "scale": scale,
-            "bias": bias,
-            "residual": None if residual is None else residual.contiguous(),
-            "y": y,
-            "m": m,
-            "n": n,
-            "ACTIVATION": activation,
-            "enable_fp_fusion": False,  # so that each way rounds alike, and as the reference
-        }
+        ends = operands.ends(scale, bias, activation, residual, y, m, n)
         with torch.cuda.device_of(x):
             _run(x.reshape(m, k), factor, weight, ends)
     return y
