@@ -111,6 +111,9 @@ def fuse_(model: nn.Module, sample_input: Sample, only_if_faster: bool = True) -
     - Models of the transformers package that call ``F.scaled_dot_product_attention`` call :data:`ops.attention`, as the
       attention implementation ``"potstill"`` of their config; ``model.set_attn_implementation("sdpa")`` undoes it.
 
+    A file that :func:`save` writes keeps the first two. The last two change classes of the model's own, and no tensors:
+    after :func:`load`, ``fuse_`` does them again.
+
     ``sample_input`` is a tensor, a tuple of positional or a mapping of keyword arguments; the model is run on it, in
     eval mode, to see where tensors go. ``only_if_faster=False`` joins whatever can be joined. Outputs before and after
     must agree, or everything is taken back and :class:`ConversionError` raised.
