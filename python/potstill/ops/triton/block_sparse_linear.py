@@ -60,7 +60,7 @@ def launch(
         rows = x.reshape(m, k)
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        shape = tile(m, size, max(x.element_size(), values.element_size()))
+        shape = tile(m, size, max(x.element_size(), values.element_size()), rows.stride(0) % 16 == 0)
         with torch.cuda.device_of(x):
             block_sparse_kernel[(triton.cdiv(m, shape.bm) * len(order) * (size // shape.bn),)](
                 x=rows,
@@ -93,11 +93,12 @@ def launch(
     return y
 
 
-def tile(m: int, size: int, width: int) -> tiles.Tile:
-    """The tile for ``m`` rows, blocks of ``size`` and numbers of ``width`` bytes."""
+def tile(m: int, size: int, width: int, aligned: bool) -> tiles.Tile:
+    """The tile for ``m`` rows, ``aligned`` or not, blocks of ``size`` and numbers of ``width`` bytes."""
     shape = TABLE[next(name for name, most in (("16", 16), ("64", 64), ("more", m)) if m <= most)]
+    few = size < 64 and not aligned  # 4 warps would spill some of 128 rows that they load a number at a time
     return shape._replace(
-        bm=min(shape.bm, 256 // width),
+        bm=min(shape.bm, 64 if few else 256 // width),
         bn=min(shape.bn, size),
         bk=shape.bk * 2 // width,
         warps=shape.warps if size >= 64 else 4,
