@@ -45,6 +45,7 @@ def chosen() -> Iterator[Case]:
         yield Case(4096, sm, 16)
         yield Case(4096, sm, 128, "float32", activation="gelu")
     yield Case(size=32)
+    yield Case(size=32, n=4093, k=4097)
     yield Case(16, dtype="float32")
     yield Case(dtype="float16")
     yield Case(weights="float32")  # under autocast
